@@ -58,6 +58,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
+
 class Refused(ValueError):
     """A user's mistake. main() prints its one line, without a traceback, and exits with status 2."""
 
@@ -145,12 +146,15 @@ class Config:
     correction: bool = setting("tokenizer training", True, "train self-correction")
     noise_topk: int = setting("tokenizer training", 50, "self-correction swaps a code for one of so many nearest", 1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
+    revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes; 0: never")
+    init_std: float = setting("tokenizer training", 0.3, "scale at which learned queries and positions start")
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
 
     ar_width: int = setting("AR transformer", 160, "width", 1)
     ar_depth: int = setting("AR transformer", 4, "layers", 1)
     ar_heads: int = setting("AR transformer", 4, "attention heads", 1)
+    ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256")
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
     class_dropout: float = setting("AR transformer", 0.1, "share of labels hidden, for guidance", high=1)
 
@@ -188,6 +192,7 @@ class Config:
                 raise Refused(f"{f.name} must be one of {', '.join(f.metadata['one_of'])}, got {value}")
         self.causal_num = self.group_size if self.causal_num == -1 else self.causal_num
         self.enc_mlp, self.dec_mlp = self.enc_mlp or 4 * self.enc_width, self.dec_mlp or 4 * self.dec_width
+        self.ar_mlp = self.ar_mlp or 256 * math.ceil(int(8 * self.ar_width / 3) / 256)
         for name, unit in (("num_tokens", "group_size"), ("causal_num", "group_size"), ("image_size", "patch_size"),
                            ("enc_width", "enc_heads"), ("dec_width", "dec_heads"), ("ar_width", "ar_heads")):
             if getattr(self, name) % getattr(self, unit):
@@ -206,7 +211,7 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "image_size": 256, "num_classes": 1000, "group_size": 8, "patch_size": 16, "codebook_size": 8192,
     "enc_width": 1152, "enc_depth": 12, "enc_heads": 16, "enc_mlp": 4304, "dec_width": 768, "dec_depth": 12,
     "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256, "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0,
-    "disc_weight": 0.2, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16, "ar_steps": 300 * EPOCH, "ar_batch": 256,
+    "revive_every": 0, "init_std": 0.02,    "disc_weight": 0.2, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16, "ar_steps": 300 * EPOCH, "ar_batch": 256,
     "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999, "compile": True, "workers": 12, "log_every": 100,
     "save_every": EPOCH, "picture_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
 PRESETS = {
@@ -329,10 +334,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Layers, a final norm, and a table of learned positions for an image of grid x grid patches."""
 
-    def __init__(self, width, depth, heads, mlp, grid):
+    def __init__(self, width, depth, heads, mlp, grid, init_std):
         super().__init__()
         self.grid = grid
-        self.positions = nn.Parameter(torch.randn(grid * grid, width) / math.sqrt(width))
+        self.positions = nn.Parameter(init_std * torch.randn(grid * grid, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
@@ -396,11 +401,22 @@ class Quantizer(nn.Module):
             return Quantized(z + (e - z).detach(), codes, z, error)
 
     @torch.no_grad()
-    def track(self, codes):
-        """Note which codes were used; older ones fade out over WINDOW codes."""
+    def track(self, codes, machine):
+        """Note which codes were used, on all processes; older uses fade out over WINDOW codes."""
         codes = codes.flatten()
-        ones = torch.ones_like(codes, dtype=torch.float)
-        self.counts.mul_(max(1 - len(codes) / self.WINDOW, 0)).index_add_(0, codes, ones)
+        new = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(codes, dtype=torch.float))
+        self.counts.mul_(max(1 - len(codes) * machine.world / self.WINDOW, 0)).add_(machine.total(new))
+
+    @torch.no_grad()
+    def revive(self, latents, key, machine):
+        """Codes that hardly anything chose lately become random latents of the batch: a small codebook trained from
+        scratch would otherwise use a few dozen codes, all on the side of the sphere where training began."""
+        everyone = latents.new_zeros(machine.world, *latents.shape)
+        everyone[machine.rank] = latents
+        everyone = machine.total(everyone).flatten(0, -2)                                       # (all latents, C)
+        chosen = everyone[(uniform(key, len(self.counts))[0] * len(everyone)).long()]           # (V, C)
+        dead = self.counts < 0.03 * self.counts.mean()
+        self.codebook.copy_(torch.where(dead[:, None], chosen, self.codebook))
 
     def usage(self):
         """Share of the codes used lately, and perplexity exp(entropy): how many are in effective use."""
@@ -420,6 +436,7 @@ class TokenizerOutput(NamedTuple):
     pixels: torch.Tensor    # (B or 2B, 3, S, S) the decoded prefix: clean sequences, then corrected ones
     code_loss: torch.Tensor # scalar: codebook and commitment loss
     codes: torch.Tensor     # (B, N) clean codes
+    latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
 
 class Tokenizer(nn.Module):
     """Image <-> N codes, coarse to fine: the first n codes decode to the image at resolution R(n)."""
@@ -429,17 +446,18 @@ class Tokenizer(nn.Module):
         self.config = config
         N, C, D, E, p = config.num_tokens, config.code_dim, config.enc_width, config.dec_width, config.patch_size
         self.patch_embed = nn.Linear(3 * p * p, D)
-        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.image_size // p)
-        self.queries = nn.Parameter(0.02 * torch.randn(1, N, D))          # query i asks the image for token i;
-        self.retry_queries = nn.Parameter(0.02 * torch.randn(1, N, D))    # asks again, given what went wrong before
-        self.query_positions = nn.Parameter(0.02 * torch.randn(1, N, D))
+        grid, std = config.image_size // p, config.init_std
+        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, grid, std)
+        self.queries = nn.Parameter(std * torch.randn(1, N, D))           # query i asks the image for token i;
+        self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
+        self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
         self.to_code = nn.Linear(D, C)
         self.from_code = nn.Linear(C, D)                                  # a given code in the place of a query
         self.quantizer = Quantizer(config.codebook_size, C, config.commit_weight)
         self.code_embed = nn.Linear(C, E)
-        self.code_positions = nn.Parameter(0.02 * torch.randn(1, N, E))
+        self.code_positions = nn.Parameter(std * torch.randn(1, N, E))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
-        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.image_size // p)
+        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, grid, std)
         self.to_pixels = nn.Linear(E, 3 * p * p)
         mask = group_causal_mask(N, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
@@ -529,7 +547,7 @@ class Tokenizer(nn.Module):
             tokens = self.config.num_tokens + fixed.redone.sum(1)
             code_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
         pixels = self.decode_vectors(vectors[:, :prefix], decoder_size(self.config, prefix))
-        return TokenizerOutput(pixels, code_loss, clean.codes)
+        return TokenizerOutput(pixels, code_loss, clean.codes, clean.latents.detach())
 
     @torch.no_grad()
     def encode(self, images):
@@ -666,8 +684,7 @@ class ARBlock(nn.Module):
 
     def __init__(self, config, index):
         super().__init__()
-        D = config.ar_width
-        hidden = 256 * math.ceil(int(8 * D / 3) / 256)
+        D, hidden = config.ar_width, config.ar_mlp
         self.heads, self.rate, self.index = config.ar_heads, config.dropout, index
         self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-5), nn.RMSNorm(D, eps=1e-5)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
@@ -1171,6 +1188,11 @@ def update(module, optimizer, lr):
     optimizer.zero_grad()
     return norm
 
+def add_values(values, losses, parts):
+    """Add the losses of one of several parts of a batch to the values that are logged."""
+    for name, loss in losses.items():
+        values[name] = values.get(name, 0) + loss.detach() / parts
+
 def update_ema(ema, module, decay, step):
     """ema <- d ema + (1 - d) module with d = min(decay, (1 + step) / (10 + step)): early weights soon fade."""
     if ema is not None:
@@ -1273,17 +1295,17 @@ class Progress:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"stage": self.stage, "step": step, **record}) + "\n")
 
-    def step(self, done, **values):
+    def step(self, done, lr, **values):
         """Count a step; every log_every steps write the means since the last line."""
         self.bar.update()
         self.count += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.as_tensor(value).detach()
+            self.sums[name] = self.sums.get(name, 0) + value
         if done % self.config.log_every and done != self.steps:
             return
         means = [self.machine.total(total / self.count) / self.machine.world for total in self.sums.values()]
         record = {name: round(mean.item(), 6) for name, mean in zip(self.sums, means, strict=True)}
-        record["images_per_s"] = round(self.count * self.batch / (time.time() - self.since), 1)
+        record["lr"], record["images_per_s"] = lr, round(self.count * self.batch / (time.time() - self.since), 1)
         self.sums, self.count, self.since = {}, 0, time.time()
         self.write(done, record)
         self.say(f"{self.stage} {done:6d}/{self.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
@@ -1320,34 +1342,40 @@ def train_tokenizer(config, machine):
         prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))               # all processes alike
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
+        values, results = {}, []
         for part, part_keys in zip(images.chunk(config.tok_accum), keys.chunk(config.tok_accum), strict=True):
             noise_start, ranks = draw_noise(config, part_keys, prefix)
             target = degrade(part, config, prefix)                                              # (b, 3, S, S)
             with machine.autocast():
                 out = distributed(part, prefix, noise_start, ranks)
                 target = target.repeat(len(out.pixels) // len(target), 1, 1, 1)                 # both halves
-                pixel_loss = F.mse_loss(out.pixels, target)
-                fool_loss = -judge(out.pixels).mean() if adversarial else 0.0
-            loss = pixel_loss + out.code_loss + config.disc_weight * fool_loss
-            (loss / config.tok_accum).backward()
-            model.quantizer.track(out.codes)
-        values = {"loss": loss, "pixel_loss": pixel_loss, "code_loss": out.code_loss, "lr": lr}
+                losses = {"pixel_loss": F.mse_loss(out.pixels, target), "code_loss": out.code_loss}
+                if adversarial:
+                    losses["fool_loss"] = -config.disc_weight * judge(out.pixels).float().mean()
+            (sum(losses.values()) / config.tok_accum).backward()
+            model.quantizer.track(out.codes, machine)
+            add_values(values, losses, config.tok_accum)
+            results.append((target, out.pixels.detach(), out.latents))
         values["grad_norm"] = update(model, optimizer, lr)
+        if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
+            key = root_key(config.seed, f"revive {step}").to(machine.device)
+            model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
         update_ema(ema, model, config.tok_ema, step)
         values["usage"], values["perplexity"] = model.quantizer.usage()
 
-        # The discriminator: tell targets from what was decoded (the last part of the batch).
+        # The discriminator: tell targets from what was decoded.
         if adversarial:
             judge_optimizer.zero_grad()                     # the tokenizer's step has left gradients in it
-            with machine.autocast():
-                real, fake = distributed_judge(torch.cat([target, out.pixels.detach()])).float().chunk(2)
-            judge_loss = config.disc_weight * judge.loss(real, fake)
-            judge_loss.backward()
+            for target, pixels, _ in results:
+                with machine.autocast():
+                    real, fake = distributed_judge(torch.cat([target, pixels])).float().chunk(2)
+                judge_loss = config.disc_weight * judge.loss(real, fake)
+                (judge_loss / config.tok_accum).backward()
+                add_values(values, {"judge_loss": judge_loss}, config.tok_accum)
             update(judge, judge_optimizer, lr)
-            values |= {"fool_loss": fool_loss, "judge_loss": judge_loss}
 
         done, last = step + 1, step + 1 == config.tok_steps
-        progress.step(done, **values)
+        progress.step(done, lr, **values)
         if machine.rank == 0 and (done % config.picture_every == 0 or last):
             pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
             save_picture(reconstructions(ema or model, pixels), Path(config.out) / f"tokenizer_{done:07d}.png")
@@ -1436,17 +1464,18 @@ def train_ar(config, machine):
 
     for step in range(start, config.ar_steps):
         lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, 0.005 * config.ar_lr, 0.01 * config.ar_lr)
-        batch = ar_batch(config, machine, codes, step)
+        batch, values = ar_batch(config, machine, codes, step), {}
         for labels, shown, target, keys in zip(*(t.chunk(config.ar_accum) for t in batch), strict=True):
             with machine.autocast():
                 logits = distributed(labels, shown, keys)                                       # (b, N, V)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
             (loss / config.ar_accum).backward()
-        norm = update(model, optimizer, lr)
+            add_values(values, {"loss": loss}, config.ar_accum)
+        values["grad_norm"] = update(model, optimizer, lr)
         update_ema(ema, model, config.ar_ema, step)
 
         done, last = step + 1, step + 1 == config.ar_steps
-        progress.step(done, loss=loss, lr=lr, grad_norm=norm)
+        progress.step(done, lr, **values)
         if machine.rank == 0 and (done % config.picture_every == 0 or last):
             value = ar_loss(config, machine, ema or model, *held_out).mean().item()
             progress.write(done, {"held_out_loss": round(value, 6)})
