@@ -99,23 +99,19 @@ def setting(group, default, help, low=0, high=10**9, one_of=None):
 
 @dataclass
 class Config:
-    """Every setting, with its default: the `shapes` preset. The command line is made from this class.
-
-    Raises Refused when settings are impossible, on their own or together.
-    """
+    """Every setting with its default, the `shapes` preset; the command line is made from this. Raises Refused when
+    settings are impossible, on their own or together."""
     out: str = setting("run", "", "folder for checkpoints, logs and pictures [runs/PRESET]")
     seed: int = setting("run", 0, "seed of everything: weights, order of images, augmentation, samples")
     device: str = setting("run", "auto", "auto, cpu, cuda or cuda:0, ...")
-    dtype: str = setting("run", "auto", "compute in float32 or bfloat16; auto: bfloat16 on CUDA",
-                         one_of=("auto", "float32", "bfloat16"))
+    dtype: str = setting("run", "auto", "auto: bfloat16 on CUDA, else float32", one_of=("auto", "float32", "bfloat16"))
     compile: bool = setting("run", False, "torch.compile the transformer blocks")
     workers: int = setting("run", 4, "processes that decode image files")
     log_every: int = setting("run", 50, "steps between two lines of the log", 1)
-    save_every: int = setting("run", 250, "steps between two checkpoints", 1)
-    picture_every: int = setting("run", 500, "steps between two pictures", 1)
+    save_every: int = setting("run", 500, "steps between two checkpoints, each with a picture", 1)
+    accum: int = setting("training", 1, "parts a process splits its batch into, to save memory", 1)
 
-    data: str = setting("data", "shapes", "shapes (drawn by the program), cifar10 (downloaded), or a folder of "
-                        "images in class folders, with or without train/ and val/ above them")
+    data: str = setting("data", "shapes", "shapes (drawn by the program), cifar10 (downloaded) or a folder of class folders")
     image_size: int = setting("data", 32, "R, side of the square images in pixels", 1)
     num_classes: int = setting("data", 10, "classes; training takes it from the data", 1)
     crop: float = setting("data", 0.8, "folders: a training crop shows at least this share of a side", 0.1, 1)
@@ -138,7 +134,6 @@ class Config:
 
     tok_steps: int = setting("tokenizer training", 1500, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 32, "images per step, over all processes", 1)
-    tok_accum: int = setting("tokenizer training", 1, "parts a process splits its batch into, for memory", 1)
     tok_lr: float = setting("tokenizer training", 1.5e-3, "peak learning rate", high=1)
     tok_warmup: int = setting("tokenizer training", 100, "steps of linear warm-up")
     tok_ema: float = setting("tokenizer training", 0.99, "decay of the averaged weights; 0: none", high=0.99999)
@@ -160,7 +155,6 @@ class Config:
 
     ar_steps: int = setting("AR training", 1500, "optimiser steps", 1)
     ar_batch: int = setting("AR training", 64, "sequences per step, over all processes", 1)
-    ar_accum: int = setting("AR training", 1, "parts a process splits its batch into, for memory", 1)
     ar_lr: float = setting("AR training", 1e-3, "peak learning rate", high=1)
     ar_warmup: int = setting("AR training", 75, "steps of linear warm-up")
     ar_ema: float = setting("AR training", 0.99, "decay of the averaged weights; 0: none", high=0.99999)
@@ -168,8 +162,7 @@ class Config:
     correction_share: float = setting("AR training", 0.3, "share of sequences with a spoilt group", high=1)
 
     guidance: float = setting("sampling", 1.5, "classifier-free guidance scale; 1: none, half the work")
-    schedule: str = setting("sampling", "constant", "guidance along the groups; linear decreases",
-                            one_of=("constant", "linear"))
+    schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
     temperature: float = setting("sampling", 1.0, "sampling temperature; 0: always the likeliest code")
     top_k: int = setting("sampling", 0, "draw among the k likeliest codes; 0: all")
     top_p: float = setting("sampling", 1.0, "draw among the likeliest codes of this joint probability", 1e-6, 1)
@@ -197,23 +190,22 @@ class Config:
                            ("enc_width", "enc_heads"), ("dec_width", "dec_heads"), ("ar_width", "ar_heads")):
             if getattr(self, name) % getattr(self, unit):
                 raise Refused(f"{name} {getattr(self, name)} is not a multiple of {unit} {getattr(self, unit)}")
+        for value, low, reason in (
+            (self.num_tokens, self.causal_num + self.group_size, "num_tokens must hold causal_num and one group more"),
+            (self.codebook_size, self.noise_topk, "codebook_size must not be less than noise_topk")):
+            if value < low:
+                raise Refused(f"{reason}: it must be at least {low}, got {value}")
         if self.ar_width // self.ar_heads % 4:
-            raise Refused(f"ar_width {self.ar_width} / ar_heads {self.ar_heads} is not a multiple of 4, as 2D "
-                          "rotary positions need")
-        if self.num_tokens < self.causal_num + self.group_size:
-            raise Refused(f"num_tokens {self.num_tokens} leaves no group after the first {self.causal_num}: it must "
-                          f"be at least {self.causal_num + self.group_size}")
-        if self.noise_topk > self.codebook_size:
-            raise Refused(f"noise_topk {self.noise_topk} is above codebook_size {self.codebook_size}")
+            raise Refused(f"ar_width / ar_heads must be a multiple of 4, got {self.ar_width} / {self.ar_heads}")
 
 EPOCH = 5004    # steps: 1,281,167 images in batches of 256
 PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "image_size": 256, "num_classes": 1000, "group_size": 8, "patch_size": 16, "codebook_size": 8192,
     "enc_width": 1152, "enc_depth": 12, "enc_heads": 16, "enc_mlp": 4304, "dec_width": 768, "dec_depth": 12,
     "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256, "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0,
-    "revive_every": 0, "init_std": 0.02,    "disc_weight": 0.2, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16, "ar_steps": 300 * EPOCH, "ar_batch": 256,
-    "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999, "compile": True, "workers": 12, "log_every": 100,
-    "save_every": EPOCH, "picture_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
+    "revive_every": 0, "init_std": 0.02, "disc_weight": 0.2, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
+    "ar_steps": 300 * EPOCH, "ar_batch": 256, "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999, "compile": True,
+    "workers": 12, "log_every": 100, "save_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
 PRESETS = {
     "shapes": {},
     "cifar10": {
@@ -221,7 +213,7 @@ PRESETS = {
         "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 12000, "tok_batch": 512,
         "tok_lr": 5e-4, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2, "disc_start": 6000, "ar_width": 512,
         "ar_depth": 12, "ar_heads": 8, "ar_steps": 12000, "ar_batch": 512, "ar_lr": 5e-4, "ar_warmup": 600,
-        "ar_ema": 0.999, "compile": True, "save_every": 1000, "picture_every": 1000, "eval_samples": 50000,
+        "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
         "inception": "auto"},
     "imagenet-16": {**PAPER, "data": "imagenet", "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "data": "imagenet", "num_tokens": 256, "guidance": 1.5},
@@ -272,8 +264,8 @@ def degrade(images, config, n):
     return images
 
 def resolution_table(config):
-    rows = [f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):10d}" for n in prefix_lengths(config)]
-    return "\n".join(["tokens n   R(n)  decoded at (pixels)", *rows])
+    """R(n) and decoder_size(n) for every prefix length, a line each."""
+    return [f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}" for n in prefix_lengths(config)]
 
 # == 4. The mask: bool, True = may attend; one rule for the encoder's queries and for the AR transformer =======
 
@@ -629,12 +621,9 @@ class PatchDiscriminator(nn.Module):
             images = F.interpolate(images, (self.image_size,) * 2, mode="bilinear", align_corners=False)
         return self.net(images)
 
-    def loss(self, real, fake):
+    def loss(self, real, fake, machine):
         """Hinge, plus LeCam: real scores are kept from running far above the usual fake one, and vice versa."""
-        means = torch.stack([real.mean(), fake.mean()]).detach()
-        if dist.is_initialized():
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
+        means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
         self.anchors.lerp_(means, 1 - self.DECAY)
         hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         return hinge + self.LECAM * (F.relu(real - self.anchors[1]).square().mean()
@@ -691,32 +680,19 @@ class ARBlock(nn.Module):
         self.w1, self.w3 = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False)
         self.w2 = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, x, rotary, mask=None, cache=None, keys=None):
-        """x (B, T, D) at positions with angles rotary (T, D/h/2, 2) attends to itself and to what the cache keeps."""
+    def forward(self, x, start, rotary, mask=None, cache=None, keys=None):
+        """x (B, T, D) at positions start .. start+T-1, with angles rotary (T, D/h/2, 2), attends to itself; with a
+        cache (2, B, h, N, D/h) of keys and values also to all positions before, and its own are added there."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)
+            end = start + x.shape[1]
+            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            k, v = cache[:, :, :, :end]                                                     # (B, h, end, D/h) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + dropout(self.out(y.transpose(1, 2).flatten(2)), self.rate, keys, 2 * self.index)
         h = self.norm2(x)
         return x + dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)), self.rate, keys, 2 * self.index + 1)
-
-class KVCache:
-    """Keys and values of all positions so far, in memory that is taken once."""
-
-    def __init__(self, model, batch):
-        config, like = model.config, model.output.weight
-        self.kv = like.new_empty(config.ar_depth, 2, batch, config.ar_heads, config.num_tokens,
-                                 config.ar_width // config.ar_heads)
-        self.length = 0     # positions that all layers have filled; generate() moves it on after each pass
-
-    def extend(self, layer, k, v):
-        """Append T new positions of a layer -> its keys and values so far, (B, h, length + T, D/h) each."""
-        end = self.length + k.shape[2]
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, :, :, :, :end].unbind(0)
 
 class ARTransformer(nn.Module):
     """Writes the N codes of an image of a given class, coarse to fine."""
@@ -762,9 +738,15 @@ class ARTransformer(nn.Module):
         group, which may see itself and all before it: no mask is needed.
         """
         T = x.shape[1]
-        for block in self.blocks:
-            x = block(x, self.rotary[start:start + T], self.mask[:T, :T] if cache is None else None, cache, keys)
+        rotary, mask = self.rotary[start:start + T], self.mask[:T, :T] if cache is None else None
+        for i, block in enumerate(self.blocks):
+            x = block(x, start, rotary, mask, None if cache is None else cache[i], keys)
         return self.output(self.norm(x)).float()
+
+    def new_cache(self, batch):
+        """Room for the keys and values of all layers and positions: (layers, 2, B, h, N, D/h)."""
+        c = self.config
+        return self.output.weight.new_empty(c.ar_depth, 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads)
 
     def forward(self, labels, codes, keys=None):
         """labels (B,) in 0..num_classes (the last is "no class"), codes (B, N) -> logits (B, N, V) float32.
@@ -858,13 +840,12 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     if guided:                                              # both halves in one batch: with the class, without it
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])               # (2B,)
     codes = labels.new_zeros(len(labels), num_tokens, dtype=torch.int64)
-    cache = None if slow else KVCache(model, len(labels))
+    cache = None if slow else model.new_cache(len(labels))
     for start, end in decoding_spans(config, num_tokens):
         if slow:
             logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]
         else:
             logits = model.run(model.embed(labels, codes[:, :start], start), start, cache)      # (2B, end - start, V)
-            cache.length = end
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + (conditional - free) * guidance_scale(config, start, guidance, schedule)
@@ -875,7 +856,6 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
 # == 11. Data ==================================================================================================
 
 CACHE = Path(torch.hub.get_dir()) / "detailflow"    # downloads; the environment variable TORCH_HOME moves it
-RESIDENT_BYTES = 2**30                              # sets up to this size stay on the device, as uint8
 
 def to_float(pixels):
     """uint8 -> float32 in [-1, 1]."""
@@ -888,7 +868,7 @@ def to_uint8(images):
 class Shapes(torch.utils.data.Dataset):
     """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
 
-    Place, size, turn and colours are the coarse part of an image, stripes and dots of few pixels the fine part.
+    Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part.
     """
     classes = ("disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair")
 
@@ -908,23 +888,21 @@ class Shapes(torch.utils.data.Dataset):
     def draw(self, indices):
         """Images number `indices`, (M,) int64 -> uint8 (M, 3, size, size)."""
         S = self.size
-        u = uniform(fold(self.key, indices), 14)[..., None, None]                               # (M, 14, 1, 1)
+        u = uniform(fold(self.key, indices), 12)[..., None, None]                               # (M, 12, 1, 1)
         y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
-        radius, turn = 0.26 + 0.14 * u[:, 0], 0.6 * (u[:, 1] - 0.5)
-        dx, dy = x - 0.4 - 0.2 * u[:, 2], y - 0.4 - 0.2 * u[:, 3]                               # from the centre
+        radius, turn = 0.32 + 0.08 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
+        dx, dy = x - 0.45 - 0.1 * u[:, 2], y - 0.45 - 0.1 * u[:, 3]                             # from the centre
         distance = self.outlines((dx * turn.cos() + dy * turn.sin()) / radius,
                                  (dy * turn.cos() - dx * turn.sin()) / radius)                  # (M, 10, S, S)
         distance = distance.take_along_dim((indices % 10)[:, None, None, None], 1)[:, 0]        # (M, S, S)
         inside = (0.5 - distance * radius * S).clamp(0, 1)                                      # soft over one pixel
-        a, b = x * S / 4, y * S / 4                                                             # a period is 4 pixels
-        stripes = (2 * math.pi * (torch.where(u[:, 4] < 0.5, a, b) + u[:, 5])).sin()
-        dots = ((a % 1 - 0.5).square() + (b % 1 - 0.5).square()) * 8 - 0.5
-        texture = torch.where(u[:, 6] < 0.4, stripes, torch.where(u[:, 6] < 0.7, dots, torch.zeros(())))
-        light, dark, swap = 0.7 + 0.3 * u[:, 7], 0.1 + 0.25 * u[:, 8], u[:, 9] < 0.5
-        front = torch.where(swap, light, dark) + 0.15 * texture.clamp(-1, 1)
-        back = torch.where(swap, dark, light) + 0.3 * ((x - 0.5) * (u[:, 10] - 0.5) + (y - 0.5) * (u[:, 11] - 0.5))
-        hue = 2 * math.pi * (u[:, 12:14] + torch.arange(3).view(3, 1, 1, 1, 1) / 3)             # (3, M, 2, 1, 1)
-        tint = 0.7 + 0.3 * hue.cos()
+        a, b = (2 * math.pi * x * S / 8).sin().sign(), (2 * math.pi * y * S / 8).sin().sign()   # a period of 8 pixels
+        texture = torch.stack([0 * a, a, b, a * b])[(4 * u[:, 4, 0, 0]).long()]                 # plain, stripes, checks
+        light, dark, swap = 0.75 + 0.25 * u[:, 5], 0.1 + 0.2 * u[:, 6], u[:, 7] < 0.5
+        front = torch.where(swap, light, dark) + 0.1 * texture
+        back = torch.where(swap, dark, light) + 0.2 * (u[:, 8] - 0.5) * (y - 0.5)               # a vertical ramp
+        hue = 2 * math.pi * (u[:, 9:11] + torch.arange(3).view(3, 1, 1, 1, 1) / 3)              # (3, M, 2, 1, 1)
+        tint = 0.75 + 0.25 * hue.cos()
         image = inside * front * tint[:, :, 0] + (1 - inside) * back * tint[:, :, 1]            # (3, M, S, S)
         return (image.transpose(0, 1) * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -968,8 +946,8 @@ class Folder(torch.utils.data.Dataset):
     Raises Refused when there are no images.
     """
 
-    def __init__(self, root, split, side, classes=None):
-        root, self.side, self.crop = Path(root), side, 1.0
+    def __init__(self, root, split, side, crop=1.0, classes=None):
+        root, self.side, self.crop = Path(root), side, crop
         if not root.is_dir():
             raise Refused(f"no folder {root}: --data must be shapes, cifar10 or a folder of images in class folders")
         names = ["train"] if split == "train" else ["val", "test"]
@@ -977,17 +955,16 @@ class Folder(torch.utils.data.Dataset):
         try:
             found = torchvision.datasets.ImageFolder(part, allow_empty=True)
         except FileNotFoundError:
-            raise Refused(f"no class folders in {part}: wanted {root}/CLASS/IMAGE or {root}/train/CLASS/IMAGE") from None
-        self.classes, self.samples = found.classes, found.samples                               # [(path, label), ...]
+            raise Refused(f"no class folders in {part}: wanted {part}/CLASS/IMAGE") from None
+        self.classes, self.samples = classes or found.classes, found.samples            # [(path, label), ...]
         if part == root and len(self.samples) >= 20:
             self.samples = [s for i, s in enumerate(self.samples) if (i % 20 == 19) == (split == "val")]
         if not self.samples:
-            kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-            raise Refused(f"no images under {part}: wanted {part}/CLASS/IMAGE with IMAGE one of {kinds}")
-        if classes is not None and self.classes != classes:
-            if unknown := [name for name in self.classes if name not in classes]:
-                raise Refused(f"{part} has classes that are not in the training data: {', '.join(unknown[:5])}")
-            self.samples = [(path, classes.index(self.classes[label])) for path, label in self.samples]
+            raise Refused(f"no images in {part}: wanted {part}/CLASS/IMAGE, IMAGE being one of "
+                          f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}")
+        if unknown := [name for name in found.classes if name not in self.classes]:
+            raise Refused(f"{part} has classes that are not in the training data: {', '.join(unknown[:5])}")
+        self.samples = [(path, self.classes.index(found.classes[label])) for path, label in self.samples]
 
     def __len__(self):
         return len(self.samples)
@@ -1010,7 +987,7 @@ class Folder(torch.utils.data.Dataset):
 
 @dataclass
 class Images:
-    """A data set, either resident (pixels, on the device) or streamed (files, by worker processes)."""
+    """A data set: small ones resident on the device (pixels), folders streamed by worker processes (files)."""
     labels: torch.Tensor            # (M,) int64
     classes: list
     pixels: torch.Tensor = None     # (M, 3, side, side) uint8
@@ -1026,13 +1003,13 @@ class Images:
                                                 pin_memory=torch.cuda.is_available()))
 
     def in_order(self, rows, batch):
-        """(rows, uint8 images) batch by batch, for a range of row numbers; centre crops."""
+        """(rows, uint8 images) batch by batch, for a range of row numbers."""
         chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
         if self.pixels is None:
             return zip(chunks, self.stream(chunks), strict=True)
         return ((chunk, self.pixels[chunk.start:chunk.stop:chunk.step]) for chunk in chunks)
 
-def open_data(config, machine, split, side=None, classes=None):
+def open_data(config, machine, split, side=None, crop=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
     side = side or config.image_size
     if config.data == "shapes":
@@ -1050,37 +1027,8 @@ def open_data(config, machine, split, side=None, classes=None):
                           f"{CACHE}, or give a folder of images: --data FOLDER") from error
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
-    files = Folder(config.data, split, side, classes)
-    labels = torch.tensor([label for _, label in files.samples])
-    images = Images(labels, classes or files.classes, files=files, workers=config.workers)
-    if len(files) * 3 * side**2 <= RESIDENT_BYTES:
-        bar = tqdm(images.in_order(range(len(files)), 100), f"reading {split}", disable=None, leave=False)
-        images.pixels = torch.cat([pixels for _, pixels in bar]).to(machine.device)
-    return images
-
-def open_training_data(config, machine):
-    """Training images: resident ones with a margin to crop from, streamed ones cropped when they are read."""
-    if config.data in ("shapes", "cifar10"):
-        return open_data(config, machine, "train")
-    images = open_data(config, machine, "train", side=math.ceil(config.image_size / config.crop))
-    images.files.side, images.files.crop = config.image_size, config.crop
-    return images
-
-def augment(images, size, keys):
-    """Random flip, and a random crop where there is a margin: (B, 3, M, M), keys (B,) -> (B, 3, size, size).
-
-    The crop is the paper's, except that of a resident image only the central square can be seen.
-    """
-    u, margin = uniform(keys, 4), images.shape[-1] - size
-    flip = u[:, 3] < 0.5
-    if margin == 0:
-        return torch.where(flip[:, None, None, None], images.flip(3), images)
-    share = size / (size + u[:, 0] * margin)                                                    # (B,) of a side
-    x, y = ((2 * u[:, i] - 1) * (1 - share) for i in (1, 2))
-    zero = torch.zeros_like(x)
-    theta = torch.stack([torch.where(flip, -share, share), zero, x, zero, share, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    return F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(-1, 1)
+    files = Folder(config.data, split, side, crop, classes)
+    return Images(torch.tensor([label for _, label in files.samples]), files.classes, files=files, workers=config.workers)
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, stage, epoch, count):
@@ -1097,20 +1045,26 @@ def batch_rows(config, machine, stage, step, batch, count):
     return torch.cat(rows), fold(root_key(config.seed, stage), place)
 
 def training_batches(config, machine, data, start, stop):
-    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device."""
+    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device.
+
+    Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped.
+    """
     def plan(step):
         return batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data))
 
     if data.pixels is None:
-        streamed = data.stream(list(zip(*(t.tolist() for t in plan(step)), strict=True)) for step in range(start, stop))
+        items = (list(zip(*(t.tolist() for t in plan(step)), strict=True)) for step in range(start, stop))
+        streamed = data.stream(items)
     for step in range(start, stop):
         rows, keys = (t.to(machine.device, non_blocking=True) for t in plan(step))
         if data.pixels is None:
-            yield step, to_float(next(streamed).to(machine.device, non_blocking=True)), keys
+            images = to_float(next(streamed).to(machine.device, non_blocking=True))
         else:
-            yield step, augment(to_float(data.pixels[rows]), config.image_size, keys), keys
+            images = to_float(data.pixels[rows])
+            images = torch.where(uniform(keys, 1)[:, :, None, None] < 0.5, images.flip(3), images)
+        yield step, images, keys
 
-# == 12. Training: what both stages share ======================================================================
+# == 12. Training: what both stages share ==============================================================================
 
 class Machine(NamedTuple):
     """Where this process runs: one of `world` processes under torchrun, or the only one."""
@@ -1148,20 +1102,18 @@ class Machine(NamedTuple):
 def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for stage in ("tok", "ar"):
-        batch, parts = getattr(config, f"{stage}_batch"), world * getattr(config, f"{stage}_accum")
-        if batch % parts:
-            raise Refused(f"{stage}_batch {batch} is not a multiple of {parts} = processes x {stage}_accum")
+    for name in ("tok_batch", "ar_batch"):
+        if getattr(config, name) % (world * config.accum):
+            raise Refused(f"{name} {getattr(config, name)} is not a multiple of processes x accum = {world * config.accum}")
     try:
-        device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda" and world > 1:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device({"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(config.device, config.device))
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"device {config.device} can't be used ({str(error).splitlines()[0]})") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     auto = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -1180,18 +1132,13 @@ def adamw(module, lr, weight_decay=0.0):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 def update(module, optimizer, lr):
-    """One clipped optimiser step -> norm of the gradient before clipping."""
+    """One optimiser step with the gradient clipped at norm 1 -> its norm before."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-def add_values(values, losses, parts):
-    """Add the losses of one of several parts of a batch to the values that are logged."""
-    for name, loss in losses.items():
-        values[name] = values.get(name, 0) + loss.detach() / parts
 
 def update_ema(ema, module, decay, step):
     """ema <- d ema + (1 - d) module with d = min(decay, (1 + step) / (10 + step)): early weights soon fade."""
@@ -1215,8 +1162,8 @@ def count_parameters(module):
 def fingerprint(module):
     """A short hash of a module's weights."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 def save_checkpoint(path, config, stage, step, about, parts):
@@ -1251,15 +1198,15 @@ def load_checkpoint(path, stage):
 def resume(path, config, stage, groups, about, parts):
     """Restore `parts` from the checkpoint at `path`, if there is one -> steps done. Raises Refused.
 
-    Randomness being a function of seed and step (section 1), there is no other state.
+    Randomness being a function of seed and step (section 1), there is no other state. More steps may be asked for than
+    before; other settings, or other data (`about` tells), are refused.
     """
     if not path.exists():
         return 0
     state = load_checkpoint(path, stage)
-    before, free = state["config"], ("data", "tok_steps", "ar_steps")       # data: `about` says what was in them
-    changes = [(f.name, getattr(before, f.name), getattr(config, f.name)) for f in fields(Config)
-               if f.metadata["group"] in groups and f.name not in free]
-    changes += [("seed", before.seed, config.seed), *((k, state["about"].get(k), v) for k, v in about.items())]
+    names = [f.name for f in fields(Config) if f.metadata["group"] in groups and f.name not in ("data", "tok_steps", "ar_steps")]
+    changes = [(name, getattr(state["config"], name), getattr(config, name)) for name in ("seed", *names)]
+    changes += [(name, state["about"].get(name), value) for name, value in about.items()]
     if changed := [f"{name} {old} -> {new}" for name, old, new in changes if old != new]:
         raise Refused(f"{path} was trained otherwise ({'; '.join(changed)}): choose another --out, or delete it")
     for name, part in parts.items():
@@ -1268,7 +1215,7 @@ def resume(path, config, stage, groups, about, parts):
     return state["step"]
 
 def load_model(path, stage, device="cpu", ema=True):
-    """Tokenizer or ARTransformer (stage "ar") from a checkpoint, with averaged weights if it has any -> model, about."""
+    """Tokenizer (stage "tokenizer") or ARTransformer ("ar") from a checkpoint, averaged if it can be -> model, about."""
     state = load_checkpoint(Path(path), stage)
     model = (Tokenizer if stage == "tokenizer" else ARTransformer)(state["config"])
     model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
@@ -1279,57 +1226,51 @@ class Progress:
 
     def __init__(self, config, machine, stage, start, steps, batch):
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
-        self.sums, self.count, self.since = {}, 0, time.time()
+        self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
-        self.path = Path(config.out) / "log.jsonl"
-        lines = self.path.read_text().splitlines() if machine.rank == 0 and self.path.exists() else []
-        lines = [line for line in lines if (r := json.loads(line))["stage"] != stage or r["step"] <= start]
-        if machine.rank == 0:           # what a killed run logged after its last checkpoint will be logged again
+        if machine.rank == 0:       # what a killed run logged after its last checkpoint will be logged again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            lines = [line for line in lines if (r := json.loads(line))["stage"] != stage or r["step"] <= start]
             self.path.write_text("".join(line + "\n" for line in lines))
-        self.write(start, {"config": asdict(config), "torch": torch.__version__, "world": machine.world,
-                           "device": str(machine.device), "cores": os.cpu_count(),
-                           "gpu": torch.cuda.get_device_name() if machine.device.type == "cuda" else None})
+        gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
+        self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
+                           "config": asdict(config)})
 
-    def write(self, step, record):
+    def write(self, step, record, text=None):
+        """A line of the log; with a text, one on the screen."""
         if self.machine.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"stage": self.stage, "step": step, **record}) + "\n")
+            if text:
+                self.bar.write(f"{self.stage} {step:6d}/{self.steps}  {text}")
 
     def step(self, done, lr, **values):
         """Count a step; every log_every steps write the means since the last line."""
         self.bar.update()
         self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        if done % self.config.log_every and done != self.steps:
-            return
-        means = [self.machine.total(total / self.count) / self.machine.world for total in self.sums.values()]
-        record = {name: round(mean.item(), 6) for name, mean in zip(self.sums, means, strict=True)}
-        record["lr"], record["images_per_s"] = lr, round(self.count * self.batch / (time.time() - self.since), 1)
-        self.sums, self.count, self.since = {}, 0, time.time()
-        self.write(done, record)
-        self.say(f"{self.stage} {done:6d}/{self.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+        self.sums = {name: self.sums.get(name, 0) + value.detach() for name, value in values.items()}
+        if done % self.config.log_every == 0 or done == self.steps:
+            means = {k: self.machine.total(v / self.count).item() / self.machine.world for k, v in self.sums.items()}
+            record = {"lr": lr, "images_per_s": self.count * self.batch / (time.time() - self.since)} | means
+            self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+            self.sums, self.count, self.since = {}, 0, time.time()
 
-    def say(self, text):
-        if self.machine.rank == 0:
-            self.bar.write(text)
-
-# == 13. Stage one: the tokenizer ==============================================================================
+# == 13. Stage one: the tokenizer ======================================================================================
 
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
-    path = Path(config.out) / "tokenizer.pt"
-    train = open_training_data(config, machine)
+    out, device = Path(config.out), machine.device
+    train = open_data(config, machine, "train", crop=config.crop)
     val = open_data(config, machine, "val", classes=train.classes)
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
-    model = Tokenizer(config).to(machine.device)
-    judge = PatchDiscriminator(config.image_size).to(machine.device) if config.disc_weight else None
+    model = Tokenizer(config).to(device)
+    judge = PatchDiscriminator(config.image_size).to(device) if config.disc_weight else None
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
-    optimizer = adamw(model, config.tok_lr)
-    judge_optimizer = adamw(judge, config.tok_lr) if judge else None
+    optimizer, judge_optimizer = adamw(model, config.tok_lr), judge and adamw(judge, config.tok_lr)
     parts = {"model": model, "ema": ema, "optimizer": optimizer, "judge": judge, "judge_optimizer": judge_optimizer}
-    start = resume(path, config, "tokenizer", ("data", "tokenizer", "tokenizer training"), about, parts)
+    groups = ("data", "tokenizer", "tokenizer training", "training")
+    start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
     machine.say(f"tokenizer: {count_parameters(model)} parameters, {len(train)} images, step {start} of {config.tok_steps}")
     if start >= config.tok_steps:
         return
@@ -1337,28 +1278,29 @@ def train_tokenizer(config, machine):
     progress = Progress(config, machine, "tokenizer", start, config.tok_steps, config.tok_batch)
 
     for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
-        lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, 0.1 * config.tok_lr, 0.1 * config.tok_lr)
+        low = 0.1 * config.tok_lr
+        lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = judge is not None and step >= config.disc_start
-        prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))               # all processes alike
+        prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))           # all processes alike
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         values, results = {}, []
-        for part, part_keys in zip(images.chunk(config.tok_accum), keys.chunk(config.tok_accum), strict=True):
+        for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
             noise_start, ranks = draw_noise(config, part_keys, prefix)
-            target = degrade(part, config, prefix)                                              # (b, 3, S, S)
+            target = degrade(part, config, prefix)                                          # (b, 3, S, S)
             with machine.autocast():
-                out = distributed(part, prefix, noise_start, ranks)
-                target = target.repeat(len(out.pixels) // len(target), 1, 1, 1)                 # both halves
-                losses = {"pixel_loss": F.mse_loss(out.pixels, target), "code_loss": out.code_loss}
+                tokens = distributed(part, prefix, noise_start, ranks)
+                target = target.repeat(len(tokens.pixels) // len(target), 1, 1, 1)          # both halves
+                losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
                 if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge(out.pixels).float().mean()
-            (sum(losses.values()) / config.tok_accum).backward()
-            model.quantizer.track(out.codes, machine)
-            add_values(values, losses, config.tok_accum)
-            results.append((target, out.pixels.detach(), out.latents))
+                    losses["fool_loss"] = -config.disc_weight * judge(tokens.pixels).float().mean()
+            (sum(losses.values()) / config.accum).backward()
+            model.quantizer.track(tokens.codes, machine)
+            values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
+            results.append((target, tokens.pixels.detach(), tokens.latents))
         values["grad_norm"] = update(model, optimizer, lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
-            key = root_key(config.seed, f"revive {step}").to(machine.device)
+            key = root_key(config.seed, f"revive {step}").to(device)
             model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
         update_ema(ema, model, config.tok_ema, step)
         values["usage"], values["perplexity"] = model.quantizer.usage()
@@ -1369,59 +1311,68 @@ def train_tokenizer(config, machine):
             for target, pixels, _ in results:
                 with machine.autocast():
                     real, fake = distributed_judge(torch.cat([target, pixels])).float().chunk(2)
-                judge_loss = config.disc_weight * judge.loss(real, fake)
-                (judge_loss / config.tok_accum).backward()
-                add_values(values, {"judge_loss": judge_loss}, config.tok_accum)
-            update(judge, judge_optimizer, lr)
+                judge_loss = config.disc_weight * judge.loss(real, fake, machine)
+                (judge_loss / config.accum).backward()
+            values["judge_loss"], _ = judge_loss, update(judge, judge_optimizer, lr)
 
-        done, last = step + 1, step + 1 == config.tok_steps
+        done = step + 1
         progress.step(done, lr, **values)
-        if machine.rank == 0 and (done % config.picture_every == 0 or last):
-            pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
-            save_picture(reconstructions(ema or model, pixels), Path(config.out) / f"tokenizer_{done:07d}.png")
-        if machine.rank == 0 and (done % config.save_every == 0 or last):
-            save_checkpoint(path, config, "tokenizer", done, about, parts)
+        if machine.rank == 0 and (done % config.save_every == 0 or done == config.tok_steps):
+            pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(device)
+            save_picture(reconstructions(ema or model, pixels), out / f"tokenizer_{done:07d}.png")
+            save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
     machine.barrier()
 
-# == 14. Stage two: the AR transformer, on codes that are extracted once =======================================
+# == 14. Stage two: the AR transformer, on codes that are extracted once ===============================================
 
-def extract_codes(config, machine, tokenizer, tokenizer_hash):
+def load_tokenizer(config, machine):
+    """OUT/tokenizer.pt, if it is the one that the settings describe -> Tokenizer, about. Raises Refused."""
+    path = Path(config.out) / "tokenizer.pt"
+    tokenizer, about = load_model(path, "tokenizer", machine.device)
+    for f in fields(Config):
+        old, new = getattr(tokenizer.config, f.name), getattr(config, f.name)
+        if f.metadata["group"] == "tokenizer" and old != new:
+            raise Refused(f"{path} was trained with {f.name} {old}, the settings say {new}")
+    return tokenizer, about | {"tokenizer": fingerprint(tokenizer)}
+
+def extract_codes(config, machine, tokenizer, about):
     """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
 
     One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
     times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
-    says what went into it, so that another tokenizer makes another file.
+    comes from what went into it, so that another tokenizer makes another file.
     """
     folder = config.data not in ("shapes", "cifar10")
     side, views = (int(1.1 * config.image_size), 10) if folder else (config.image_size, 2)
     images = open_data(config, machine, "train", side=side)
-    made_of = [tokenizer_hash, config.data, len(images), side, config.seed, config.noise_topk, config.correction]
-    path = Path(config.out) / f"codes-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npy"
-    if path.exists():
-        machine.say(f"codes: {path} is there")
-        return np.load(path, mmap_mode="r")
-    record, aside = np.dtype([("label", np.int32), ("codes", np.uint16, (views, 3, config.num_tokens))]), path.with_suffix(".tmp")
-    with machine.first():
-        if machine.rank == 0:
-            np.lib.format.open_memmap(aside, "w+", record, (len(images),)).flush()
-    codes = np.lib.format.open_memmap(aside, "r+")
-    rows, batch = range(machine.rank, len(images), machine.world), max(1, config.eval_batch // views)
-    for chunk, pixels in tqdm(images.in_order(rows, batch), "extracting codes", math.ceil(len(rows) / batch), disable=True if machine.rank else None):
-        x = to_float(pixels.to(machine.device))
-        x = torch.stack(TF.ten_crop(x, config.image_size) if folder else (x, x.flip(3)), dim=1)     # (b, views, 3, R, R)
-        places = torch.tensor(chunk)[:, None] * views + torch.arange(views)
-        keys = fold(root_key(config.seed, "codes"), places.flatten()).to(machine.device)
-        with machine.autocast():
-            triples = tokenizer.triples(x.flatten(0, 1), keys)                                  # (b * views, 3, N)
-        codes["codes"][np.array(chunk)] = triples.unflatten(0, (-1, views)).cpu().numpy()
-        codes["label"][np.array(chunk)] = images.labels[torch.tensor(chunk)].numpy()
-    codes.flush()
+    made_of = json.dumps([about, config.data, side, config.seed, config.noise_topk, config.correction])
+    path = Path(config.out) / f"codes-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
+    aside, record = path.with_suffix(".tmp"), np.dtype([("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))])
     machine.barrier()
-    with machine.first():
+    if not path.exists():
+        with machine.first():
+            if machine.rank == 0:
+                np.lib.format.open_memmap(aside, "w+", record, (len(images),)).flush()
+        file = np.lib.format.open_memmap(aside, "r+")
+        rows, batch = range(machine.rank, len(images), machine.world), max(1, config.eval_batch // views)
+        bar = tqdm(total=len(rows), desc="codes", unit="image", disable=True if machine.rank else None)
+        for chunk, pixels in images.in_order(rows, batch):
+            x = to_float(pixels.to(machine.device))
+            x = torch.stack(TF.ten_crop(x, config.image_size) if folder else (x, x.flip(3)), dim=1)     # (b, views, 3, R, R)
+            place = torch.tensor(chunk)[:, None] * views + torch.arange(views)
+            keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
+            with machine.autocast():
+                triples = tokenizer.triples(x.flatten(0, 1), keys).unflatten(0, (-1, views))                # (b, views, 3, N)
+            file["codes"][np.array(chunk)] = triples.cpu().numpy()
+            file["label"][np.array(chunk)] = images.labels[torch.tensor(chunk)].numpy()
+            bar.update(len(chunk))
+        file.flush()
+        machine.barrier()
         if machine.rank == 0:
-            for old in path.parent.glob("codes-*.npy"):
-                old.unlink()                                # of another tokenizer
+            for old in path.parent.glob("codes-*.npy"):     # of another tokenizer
+                old.unlink()
             os.replace(aside, path)
+        machine.barrier()
     machine.say(f"codes: {len(images)} images x {views} views in {path}")
     return np.load(path, mmap_mode="r")
 
@@ -1434,68 +1385,56 @@ def ar_batch(config, machine, codes, step):
     rows, keys = batch_rows(config, machine, "ar", step, config.ar_batch, len(codes))
     records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
     view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
-    triples = torch.from_numpy(records["codes"][np.arange(len(rows)), view].astype(np.int64))   # (b, 3, N)
+    triples = torch.from_numpy(records["codes"][np.arange(len(rows)), view].astype(np.int64))       # (b, 3, N)
     clean, spoilt, mended = triples.unbind(1)
-    corrected = u[:, 1:] < config.correction_share                                              # (b, 1)
+    corrected = u[:, 1:] < config.correction_share                                          # (b, 1)
     labels = torch.from_numpy(records["label"].astype(np.int64))
     batch = labels, torch.where(corrected, spoilt, clean), torch.where(corrected, mended, clean), keys
     return [t.to(machine.device, non_blocking=True) for t in batch]
 
 def train_ar(config, machine):
     """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
-    path = Path(config.out) / "ar.pt"
-    tokenizer, about = load_tokenizer(config, machine)
-    about |= {"tokenizer": fingerprint(tokenizer)}
+    out, (tokenizer, about) = Path(config.out), load_tokenizer(config, machine)
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
     optimizer = adamw(model, config.ar_lr, config.ar_weight_decay)
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    start = resume(path, config, "ar", ("data", "tokenizer", "AR transformer", "AR training"), about, parts)
+    groups = ("data", "tokenizer", "AR transformer", "AR training", "training")
+    start = resume(out / "ar.pt", config, "ar", groups, about, parts)
     machine.say(f"ar: {count_parameters(model)} parameters, step {start} of {config.ar_steps}; "
                 f"a blind guess has loss ln V = {math.log(config.codebook_size):.3f}")
     if start >= config.ar_steps:
         return
-    codes = extract_codes(config, machine, tokenizer, about["tokenizer"])
+    codes = extract_codes(config, machine, tokenizer, about)
     val = open_data(config, machine, "val", classes=about["classes"])
     held_out = encode_images(config, machine, tokenizer, val, 512)
     distributed = wrap(model, config, machine)
     progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
 
     for step in range(start, config.ar_steps):
-        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, 0.005 * config.ar_lr, 0.01 * config.ar_lr)
-        batch, values = ar_batch(config, machine, codes, step), {}
-        for labels, shown, target, keys in zip(*(t.chunk(config.ar_accum) for t in batch), strict=True):
+        first, last = 0.005 * config.ar_lr, 0.01 * config.ar_lr
+        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last)
+        batch, mean_loss = ar_batch(config, machine, codes, step), 0
+        for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
             with machine.autocast():
-                logits = distributed(labels, shown, keys)                                       # (b, N, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
-            (loss / config.ar_accum).backward()
-            add_values(values, {"loss": loss}, config.ar_accum)
-        values["grad_norm"] = update(model, optimizer, lr)
+                logits = distributed(labels, shown, keys)                                   # (b, N, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
+            loss.backward()
+            mean_loss = mean_loss + loss
+        norm = update(model, optimizer, lr)
         update_ema(ema, model, config.ar_ema, step)
 
-        done, last = step + 1, step + 1 == config.ar_steps
-        progress.step(done, lr, **values)
-        if machine.rank == 0 and (done % config.picture_every == 0 or last):
+        done = step + 1
+        progress.step(done, lr, loss=mean_loss, grad_norm=norm)
+        if machine.rank == 0 and (done % config.save_every == 0 or done == config.ar_steps):
             value = ar_loss(config, machine, ema or model, *held_out).mean().item()
-            progress.write(done, {"held_out_loss": round(value, 6)})
-            progress.say(f"ar {done:6d}/{config.ar_steps}  held-out loss {value:.4f}")
-            save_picture(samples(tokenizer, ema or model, config), Path(config.out) / f"ar_{done:07d}.png")
-        if machine.rank == 0 and (done % config.save_every == 0 or last):
-            save_checkpoint(path, config, "ar", done, about, parts)
+            progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
+            save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
+            save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
     machine.barrier()
 
-def load_tokenizer(config, machine):
-    """OUT/tokenizer.pt, if it is the one that the settings describe -> Tokenizer, about. Raises Refused."""
-    path = Path(config.out) / "tokenizer.pt"
-    tokenizer, about = load_model(path, "tokenizer", machine.device)
-    for f in fields(Config):
-        old, new = getattr(tokenizer.config, f.name), getattr(config, f.name)
-        if f.metadata["group"] == "tokenizer" and old != new:
-            raise Refused(f"{path} was trained with {f.name} {old}, the settings say {new}")
-    return tokenizer, about
-
-# == 15. Pictures ==============================================================================================
+# == 15. Pictures ======================================================================================================
 
 def save_picture(rows, path):
     """Rows of images (rows, columns, 3, S, S) in [-1, 1] as one PNG, small images enlarged."""
@@ -1508,9 +1447,8 @@ def save_picture(rows, path):
 
 def strip_lengths(config, most=8):
     """About `most` prefix lengths from 1 to N, each about twice the one before."""
-    allowed = prefix_lengths(config)
     wanted = [config.num_tokens ** (i / (most - 1)) for i in range(most)]
-    return sorted({min(allowed, key=lambda n: abs(n - w)) for w in wanted})
+    return sorted({min(prefix_lengths(config), key=lambda n: abs(n - w)) for w in wanted})
 
 def coarse_to_fine(tokenizer, codes):
     """Each sequence (B, N) decoded from more and more of its codes, enlarged to R: (B, lengths, 3, R, R)."""
@@ -1532,10 +1470,10 @@ def samples(tokenizer, model, config, columns=8):
     codes = generate(model, labels, **sampling_settings(config), seeds=config.seed + torch.arange(len(labels)))
     return tokenizer.decode(codes).unflatten(0, (-1, columns))
 
-# == 16. Frechet Inception Distance ============================================================================
+# == 16. Frechet Inception Distance ====================================================================================
 
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+FID_WEIGHTS = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 def download(url, sha256, flag):
     """A file in CACHE, fetched on first use; it gets its name only when its hash is right. Raises Refused."""
@@ -1553,7 +1491,7 @@ def tf_resize(images, size=299):
 
     Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge.
     """
-    def weights(length):                                                                        # (size, length)
+    def weights(length):                                                                    # (size, length)
         place = torch.arange(size, device=images.device, dtype=torch.float64) * length / size
         low = place.long()
         share = (place - low)[:, None].to(images.dtype)
@@ -1565,17 +1503,17 @@ class InceptionV3(nn.Module):
     """The network of FID: torchvision's Inception v3 with the weights of 2015 and the pooling they came with."""
 
     def __init__(self, weights):
-        """weights: the published file, INCEPTION_URL. Raises Refused when it is another."""
+        """weights: the published file, from FID_WEIGHTS. Raises Refused when it is another."""
         super().__init__()
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
         try:
             self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:
-            raise Refused(f"{weights} is not FID's Inception file ({str(error).splitlines()[0]}): get {INCEPTION_URL}") from error
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            self.replace_pool(getattr(self.net, f"Mixed_{name}"),               # the average leaves padding out
-                              functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False))
-        self.replace_pool(self.net.Mixed_7c, functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
+            raise Refused(f"{weights} is not FID's Inception ({str(error).splitlines()[0]}): get {FID_WEIGHTS}") from error
+        pool = {"kernel_size": 3, "stride": 1, "padding": 1}
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):       # averages leave the padding out
+            self.replace_pool(self.net.get_submodule(f"Mixed_{name}"), nn.AvgPool2d(**pool, count_include_pad=False))
+        self.replace_pool(self.net.Mixed_7c, nn.MaxPool2d(**pool))
         self.fc, self.net.fc = self.net.fc, nn.Identity()
         self.eval().requires_grad_(False)
 
@@ -1596,13 +1534,13 @@ class InceptionV3(nn.Module):
 class Moments:
     """Sums over images, in float64 and over all processes, that make mean, covariance and Inception Score."""
 
-    SPLIT = 5000                                            # images to one Inception Score; their mean is the result
+    SPLIT = 5000                    # images to one Inception Score; the mean over splits is the result
 
     def __init__(self, machine, images):
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
         splits = math.ceil(images / self.SPLIT)
         self.sum, self.outer = zeros(2048), zeros(2048, 2048)
-        self.count, self.p, self.entropy = zeros(splits), zeros(splits, 1008), zeros(splits)    # for each split
+        self.count, self.p, self.entropy = zeros(splits), zeros(splits, 1008), zeros(splits)
 
     def add(self, inception, rows, pixels):
         """Count the images with numbers `rows`: uint8 (B, 3, H, W)."""
@@ -1611,18 +1549,18 @@ class Moments:
         self.sum += f.sum(0)
         self.outer += f.T @ f
         split = torch.tensor(rows, device=f.device) // self.SPLIT
-        for total, values in ((self.count, torch.ones_like(p[:, 0])), (self.p, p), (self.entropy, torch.special.entr(p).sum(-1))):
-            total.index_add_(0, split, values)
+        self.count.index_add_(0, split, torch.ones_like(p[:, 0]))
+        self.p.index_add_(0, split, p)
+        self.entropy.index_add_(0, split, torch.special.entr(p).sum(-1))
 
     def finish(self, machine):
         """-> mean (2048,), covariance (2048, 2048) with divisor n - 1, Inception Score."""
         for total in vars(self).values():
             machine.total(total)
-        n = self.count.sum()
+        n, p = self.count.sum(), self.p / self.count[:, None]
         mean = self.sum / n
         covariance = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
-        p = self.p / self.count[:, None]
-        score = (torch.special.entr(p).sum(-1) - self.entropy / self.count).exp().mean()        # exp E KL(p(y|x) || p(y))
+        score = (torch.special.entr(p).sum(-1) - self.entropy / self.count).exp().mean()    # exp E KL(p(y|x) || p(y))
         return mean.cpu().numpy(), covariance.cpu().numpy(), score.item()
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -1634,13 +1572,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu1, mu2 = (np.atleast_1d(np.asarray(m, np.float64)) for m in (mu1, mu2))
     sigma1, sigma2 = (np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
     if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
-        raise Refused(f"means and covariances must be of one size, got {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
+        raise Refused(f"means {mu1.shape} {mu2.shape} and covariances {sigma1.shape} {sigma2.shape} do not fit")
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
-# == 17. Evaluation ============================================================================================
+# == 17. Evaluation ====================================================================================================
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB, each image by itself, of 8-bit roundings: (B, 3, S, S) twice -> (B,)."""
@@ -1666,47 +1604,41 @@ def ar_loss(config, machine, model, labels, codes):
     return total / len(codes)
 
 @torch.no_grad()
-def evaluate_tokenizer(config, machine, tokenizer, images, most=2000):
+def measure_tokenizer(config, machine, tokenizer, images, most=2000):
     """PSNR by prefix length, codebook use, and whether self-correction corrects -> {name: number}."""
-    quarters = [n for n in (config.num_tokens // 4, config.num_tokens // 2) if n in prefix_lengths(config)]
-    lengths = sorted({*strip_lengths(config), *quarters})
+    quarters = {n for n in (config.num_tokens // 4, config.num_tokens // 2) if n in prefix_lengths(config)}
     rows, sums, counts = range(0, len(images), math.ceil(len(images) / most)), {}, 0
     for chunk, pixels in images.in_order(rows, config.eval_batch):
         x, found = to_float(pixels.to(machine.device)), {}
         past = tokenizer.encode_patches(x)
         clean = tokenizer.quantize(past)
         counts = counts + clean.codes.flatten().bincount(minlength=config.codebook_size)
-        for n in lengths:       # against the image shrunk to what is decoded, and enlarged against the full image
+        for n in sorted(quarters | {*strip_lengths(config)}):   # against the full image; at the size that is decoded
             y = tokenizer.decode(clean.codes[:, :n])
-            small, large = F.interpolate(x, y.shape[2:], mode="area"), F.interpolate(y, x.shape[2:], mode="bicubic")
-            found |= {f"psnr_{n}_tokens_shrunk": psnr(y, small), f"psnr_{n}_tokens": psnr(large, x)}
+            found[f"psnr_{n}_tokens"] = psnr(F.interpolate(y, x.shape[2:], mode="bicubic"), x)
+            found[f"psnr_{n}_tokens_at_{y.shape[-1]}px"] = psnr(y, F.interpolate(x, y.shape[2:], mode="area"))
         keys = fold(root_key(config.seed, "eval"), torch.tensor(chunk)).to(machine.device)
         start, ranks = draw_noise(config, keys, config.num_tokens)
         if start is not None:
             fixed = tokenizer.correct(past, clean, start, ranks)
             kept = torch.where(fixed.redone, clean.codes, fixed.codes)          # spoilt group, the rest as it was
-            found |= {"psnr_spoilt_rest_kept": psnr(tokenizer.decode(kept), x),
-                      "psnr_spoilt_rest_corrected": psnr(tokenizer.decode(fixed.codes), x)}
+            found["psnr_spoilt_rest_kept"] = psnr(tokenizer.decode(kept), x)
+            found["psnr_spoilt_rest_corrected"] = psnr(tokenizer.decode(fixed.codes), x)
         sums = {name: sums.get(name, 0) + value.sum() for name, value in found.items()}
     p = counts / counts.sum()
     return {"images": len(rows), **{name: round(total.item() / len(rows), 3) for name, total in sums.items()},
             "codebook_usage": round((counts > 0).float().mean().item(), 4),
             "codebook_perplexity": round(torch.special.entr(p).sum().exp().item(), 1)}
 
-def evaluate_ar(config, machine, model, labels, codes):
-    """Held-out cross-entropy in nats, in all and by group -> {name: number}."""
-    loss, G = ar_loss(config, machine, model, labels, codes), config.group_size
-    groups = {f"loss_codes_{i}_to_{i + G - 1}": round(loss[i:i + G].mean().item(), 4) for i in range(0, len(loss), G)}
-    return {"images": len(codes), "loss": round(loss.mean().item(), 4), "ln_V": round(math.log(config.codebook_size), 4), **groups}
-
 @torch.no_grad()
-def evaluate_fid(config, machine, tokenizer, model, inception, val):
+def measure_fid(config, machine, tokenizer, model, inception, val):
     """Reconstruction FID (validation images), generation FID and Inception Score, with all that defines them."""
     def moments(count, batches):
-        total, n = Moments(machine, count), config.eval_batch
-        bar = tqdm(batches, total=math.ceil(count / machine.world / n), leave=False, disable=True if machine.rank else None)
-        for rows, pixels in bar:
+        total = Moments(machine, count)
+        bar = tqdm(total=count // machine.world, leave=False, unit="image", disable=True if machine.rank else None)
+        for rows, pixels in batches:
             total.add(inception, rows, pixels.to(machine.device))
+            bar.update(len(rows))
         return total.finish(machine)
 
     def real(images):
@@ -1717,7 +1649,7 @@ def evaluate_fid(config, machine, tokenizer, model, inception, val):
             with machine.autocast():
                 yield rows, to_uint8(tokenizer.decode(tokenizer.encode(to_float(pixels.to(machine.device)))))
 
-    def drawn(count):                                       # balanced classes; image i has seed + i
+    def drawn(count):               # balanced classes; image i has seed + i
         mine = range(machine.rank, count, machine.world)
         for rows in (mine[i:i + config.eval_batch] for i in range(0, len(mine), config.eval_batch)):
             number = torch.tensor(rows)
@@ -1725,96 +1657,89 @@ def evaluate_fid(config, machine, tokenizer, model, inception, val):
                 codes = generate(model, number % config.num_classes, **sampling_settings(config), seeds=config.seed + number)
                 yield rows, to_uint8(tokenizer.decode(codes))
 
-    truth, copies = moments(len(val), real(val)), moments(len(val), rebuilt(val))
-    if config.reference:
-        reference, whose = load_reference(config.reference), config.reference
-    else:
-        train = open_data(config, machine, "train")
-        reference, whose = moments(len(train), real(train)), f"{len(train)} training images of {config.data}"
-    invented = moments(config.eval_samples, drawn(config.eval_samples))
     for what, count in (("reconstruction FID", len(val)), ("generation FID", config.eval_samples)):
         if count < 2048:
-            machine.say(f"warning: {what} of {count} images can't be compared with anything: it takes 2,048, better 50,000")
+            machine.say(f"warning: {what} of {count} images is not comparable: it takes 2,048, better 50,000")
+    truth, copies = moments(len(val), real(val)), moments(len(val), rebuilt(val))
+    if config.reference:
+        try:
+            with np.load(config.reference) as stored:
+                reference, whose = (stored["mu"], stored["sigma"]), config.reference
+        except Exception as error:
+            raise Refused(f"--reference {config.reference} is no npz with mu and sigma ({error})") from error
+    else:
+        train = open_data(config, machine, "train")
+        reference, whose = moments(len(train), real(train))[:2], f"{len(train)} training images of {config.data}"
+    mean, covariance, score = moments(config.eval_samples, drawn(config.eval_samples))
+    sha256 = hashlib.sha256(Path(config.inception).read_bytes()).hexdigest()
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
-            "generation_fid": round(frechet_distance(*invented[:2], *reference[:2]), 4),
-            "inception_score": round(invented[2], 3),
-            "protocol": {"inception_sha256": file_hash(config.inception), "resize": "TensorFlow 1 bilinear, 299", "statistics": "float64",
+            "generation_fid": round(frechet_distance(mean, covariance, *reference), 4), "inception_score": round(score, 3),
+            "protocol": {"inception_sha256": sha256, "resize": "TensorFlow 1 bilinear, 299 px", "statistics": "float64",
                          "reconstruction_reference": f"{len(val)} validation images", "generation_reference": whose,
                          "samples": config.eval_samples, "classes": "balanced", "seeds": f"{config.seed} + i",
                          "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
                          **sampling_settings(config)}}
 
-def file_hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-def load_reference(path):
-    """mu and sigma of an npz, such as ADM's VIRTUAL_imagenet256_labeled.npz. Raises Refused."""
-    try:
-        with np.load(path) as stored:
-            return stored["mu"], stored["sigma"]
-    except Exception as error:
-        raise Refused(f"--reference {path} is not an npz file with mu and sigma ({error})") from error
-
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt -> OUT/results.json and pictures. Raises Refused."""
-    out = Path(config.out)
-    tokenizer, about = load_tokenizer(config, machine)
+    out, (tokenizer, about) = Path(config.out), load_tokenizer(config, machine)
     model, ar_about = load_model(out / "ar.pt", "ar", machine.device)
-    if ar_about["tokenizer"] != fingerprint(tokenizer):
+    if ar_about["tokenizer"] != about["tokenizer"]:
         raise Refused(f"{out}/ar.pt was trained on codes of another tokenizer than {out}/tokenizer.pt: delete it, train again")
     val = open_data(config, machine, "val", classes=about["classes"])
-    results = {"command": " ".join(sys.argv), "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
-    results["tokenizer"] = evaluate_tokenizer(config, machine, tokenizer, val)
-    results["ar"] = evaluate_ar(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000))
+    results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
+    found = results["tokenizer"] = measure_tokenizer(config, machine, tokenizer, val)
+    loss, G = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)), config.group_size
+    groups = {f"loss_codes_{i}_to_{i + G - 1}": loss[i:i + G].mean().item() for i in range(0, config.num_tokens, G)}
+    results["ar"] = {"ln_V": math.log(config.codebook_size), "loss": loss.mean().item(), **groups}
     for part in ("tokenizer", "ar"):
-        for name, value in results[part].items():
-            machine.say(f"{part:>10s}  {name:32s} {value}")
-    if "psnr_spoilt_rest_kept" in results["tokenizer"]:
-        kept, mended = (results["tokenizer"][f"psnr_spoilt_rest_{how}"] for how in ("kept", "corrected"))
-        machine.say(f"self-correction: with one group spoilt {kept:.2f} dB, with the tokens after it re-encoded {mended:.2f} dB")
+        machine.say("\n".join(f"{part:>10s}  {name:30s} {value:.6g}" for name, value in results[part].items()))
+    if "psnr_spoilt_rest_kept" in found:
+        machine.say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
+                    f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
         pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
         save_picture(reconstructions(tokenizer, pixels), out / "reconstructions.png")
         save_picture(samples(tokenizer, model, config), out / "samples.png")
-        labels = torch.arange(8) % config.num_classes
-        codes = generate(model, labels, **sampling_settings(config), seeds=config.seed + torch.arange(8))
+        seeds = torch.arange(8)
+        codes = generate(model, seeds % config.num_classes, **sampling_settings(config), seeds=config.seed + seeds)
         save_picture(coarse_to_fine(tokenizer, codes), out / "coarse_to_fine.png")
         machine.say(f"pictures: {out}/reconstructions.png, {out}/samples.png, {out}/coarse_to_fine.png")
-    if config.inception == "none":
-        machine.say("FID: not measured; it takes Inception's weights (--inception auto downloads them, --inception FILE)")
+    try:
+        if config.inception == "none":
+            raise Refused("it takes Inception's weights: --inception auto downloads them, --inception FILE reads them")
+        if config.inception == "auto":
+            with machine.first():
+                config.inception = str(download(FID_WEIGHTS, FID_SHA256, "--inception"))
+        inception = InceptionV3(config.inception).to(machine.device)
+    except Refused as reason:
+        machine.say(f"FID: not measured: {reason}")
     else:
-        try:
-            if config.inception == "auto":
-                with machine.first():
-                    config.inception = str(download(INCEPTION_URL, INCEPTION_SHA256, "--inception"))
-            inception = InceptionV3(config.inception).to(machine.device)
-        except Refused as refused:
-            machine.say(f"FID: not measured: {refused}")
-        else:
-            results["fid"] = evaluate_fid(config, machine, tokenizer, model, inception, val)
-            machine.say(json.dumps(results["fid"], indent=1))
+        results["fid"] = measure_fid(config, machine, tokenizer, model, inception, val)
+        machine.say(json.dumps(results["fid"], indent=1))
     if machine.rank == 0:
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
-# == 18. Command line ==========================================================================================
+# == 18. Command line ==================================================================================================
 
 def parse(argv):
-    """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes defaults."""
+    """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes the defaults."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
     common.add_argument("--stage", choices=("tokenizer", "ar", "eval", "all"), default="all", help="what to do [all]")
     common.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
     preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
     parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False)
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Config))}
+    groups = {}
     for f in fields(Config):
-        default, flag = preset.get(f.name, f.default), "--" + f.name.replace("_", "-")
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__.upper()}
-        text = f.metadata["help"] + ("" if default == "" else f" [{default}]")
-        groups[f.metadata["group"]].add_argument(flag, default=default, help=text, **kind)
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        default = preset.get(f.name, f.default)
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": f.type.__name__}
+        groups[group].add_argument("--" + f.name.replace("_", "-"), default=default,
+                                   help=f.metadata["help"] + ("" if default == "" else f" [{default}]"), **kind)
     values = vars(parser.parse_args(argv))
-    stage, table, name = values.pop("stage"), values.pop("table"), values.pop("preset")
+    stage, table, name = (values.pop(k) for k in ("stage", "table", "preset"))
     return Config(**values | {"out": values["out"] or f"runs/{name}"}), stage, table
 
 def main(argv=None):
@@ -1822,21 +1747,18 @@ def main(argv=None):
     try:
         config, stage, table = parse(sys.argv[1:] if argv is None else argv)
         if table:
-            print(resolution_table(config))
+            print("tokens n   R(n)  decoded at (pixels)", *resolution_table(config), sep="\n")
             return 0
         machine = start_machine(config)
         if config.data not in ("shapes", "cifar10"):
             config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Refused(f"--out {config.out} can't be made ({error.strerror})") from error
-        for name, run in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate)):
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate)):
             if stage in (name, "all"):
-                run(config, machine)
+                work(config, machine)
         return 0
-    except Refused as refused:
-        print(f"detailflow: {refused}", file=sys.stderr)
+    except (Refused, OSError) as error:     # OSError: a folder that can't be made, a disk that is full, ...
+        print(f"detailflow: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndetailflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -3,6 +3,7 @@
 On the CPU, without a network, in under three minutes. Tests that compare with the authors' numbers need ../shared
 and skip without it.
 """
+import hashlib
 import itertools
 import json
 import math
@@ -514,15 +515,14 @@ def test_folders_of_all_kinds_of_images_are_read(tmp_path, split):
     config = df.Config(**TINY | {"data": str(tmp_path)})
     train, val = df.open_data(config, CPU, "train"), df.open_data(config, CPU, "val")
     assert train.classes == ["cat", "dog"] and (len(train), len(val)) == ((24, 24) if split else (23, 1))
-    step, x, keys = next(df.training_batches(config, CPU, df.open_training_data(config, CPU), 5, 6))
+    step, x, keys = next(df.training_batches(config, CPU, df.open_data(config, CPU, "train", crop=0.8), 5, 6))
     assert step == 5 and x.shape == (8, 3, 16, 16) and -1 <= x.min() < x.max() <= 1
 
 
-def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path, monkeypatch):
+def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path):
     make_folder(tmp_path)
-    monkeypatch.setattr(df, "RESIDENT_BYTES", 0)
     config = df.Config(**TINY | {"data": str(tmp_path), "workers": 1})
-    data = df.open_training_data(config, CPU)
+    data = df.open_data(config, CPU, "train", crop=0.8)
     whole = list(df.training_batches(config, CPU, data, 0, 5))
     rest = list(df.training_batches(config, CPU, data, 3, 5))
     assert all(torch.equal(a[1], b[1]) for a, b in zip(whole[3:], rest, strict=True))
@@ -555,7 +555,7 @@ def test_learning_rate_end_points():
 
 
 def run(out, *more, expect=0, **settings):
-    argv = flags(TINY | {"out": out, "log_every": 2, "save_every": 2, "picture_every": 100, "tok_steps": 6, "ar_steps": 6} | settings)
+    argv = flags(TINY | {"out": out, "log_every": 2, "save_every": 2, "tok_steps": 6, "ar_steps": 6} | settings)
     assert df.main([*argv, *more]) == expect
 
 
@@ -658,7 +658,7 @@ def test_two_processes_train_like_one(tmp_path):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     for accum in (1, 2):
-        run(tmp_path / str(accum), "--stage", "tokenizer", tok_accum=accum, tok_steps=2, coarse_prob=0.0)
+        run(tmp_path / str(accum), "--stage", "tokenizer", accum=accum, tok_steps=2, coarse_prob=0.0)
     one, two = (weights(tmp_path / str(accum) / "tokenizer.pt") for accum in (1, 2))
     torch.testing.assert_close(one["model.to_pixels.weight"], two["model.to_pixels.weight"], rtol=1e-3, atol=1e-5)
 
@@ -786,7 +786,7 @@ def test_moments_do_not_depend_on_the_batches():
 
 def test_fid_is_measured_with_its_protocol_and_never_without_weights(trained, tmp_path, inception_file, monkeypatch, capsys):
     monkeypatch.setattr(df, "CACHE", tmp_path)
-    monkeypatch.setattr(df, "INCEPTION_URL", "http://127.0.0.1:9/inception.pth")
+    monkeypatch.setattr(df, "FID_WEIGHTS", "http://127.0.0.1:9/inception.pth")
     run(trained, "--stage", "eval", inception="auto")
     assert "FID: not measured: http://127.0.0.1:9/inception.pth can't be downloaded" in capsys.readouterr().out
     assert "fid" not in json.loads((trained / "results.json").read_text())
@@ -796,7 +796,7 @@ def test_fid_is_measured_with_its_protocol_and_never_without_weights(trained, tm
     run(trained, "--stage", "eval", inception=inception_file, eval_samples=6, eval_batch=3)
     assert "can't be compared" in capsys.readouterr().out
     fid = json.loads((trained / "results.json").read_text())["fid"]
-    assert fid["generation_fid"] > 0 and fid["protocol"]["inception_sha256"] == df.file_hash(inception_file)
+    assert fid["generation_fid"] > 0 and fid["protocol"]["inception_sha256"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert fid["protocol"]["samples"] == 6 and fid["protocol"]["guidance"] == 1.5
 
 
