@@ -1,11 +1,12 @@
 """Draw images with a trained DetailFlow, or rebuild one of your own from ever more tokens.
 
-    python sample.py                                      of every class, from runs/shapes -> samples.png, coarse_to_fine.png
+    python sample.py                                      every class of runs/shapes -> samples.png, coarse_to_fine.png
     python sample.py --run runs/cifar10 --classes cat 5   classes by name or number
     python sample.py --image photo.jpg                    your picture from 1 ... N tokens -> rebuilt.png
-    python sample.py --num 1000 --npz out.npz             balanced classes, for evaluators: arr_0 uint8 NHWC, arr_1 labels
+    python sample.py --num 1000 --npz out.npz             balanced classes: arr_0 uint8 (1000, R, R, 3), arr_1 labels
 """
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 import detailflow as df
+
+SETTINGS = ("device", "dtype", "guidance", "schedule", "temperature", "top_k", "top_p")    # these override the run's
 
 
 def parse(argv):
@@ -29,9 +32,10 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="image i has seed + i, whatever the batch [0]")
     parser.add_argument("--batch", type=int, default=100, help="images at once [100]")
     parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
-    for name in ("device", "dtype", "guidance", "schedule", "temperature", "top_k", "top_p"):
+    for name in SETTINGS:
         field = df.Config.__dataclass_fields__[name]
-        parser.add_argument("--" + name.replace("_", "-"), type=field.type, help=field.metadata["help"] + " [as trained]")
+        text = field.metadata["help"] + " [as trained]"
+        parser.add_argument("--" + name.replace("_", "-"), type=field.type, help=text)
     return parser.parse_args(argv)
 
 
@@ -69,7 +73,8 @@ def draw(args, tokenizer, model, machine, names, out):
     images, codes, since = [], [], time.time()
     for y, i in zip(labels.split(args.batch), numbers.split(args.batch), strict=True):
         with machine.autocast():
-            codes.append(df.generate(model, y, **df.sampling_settings(config), seeds=args.seed + i, num_tokens=args.tokens))
+            settings = df.sampling_settings(config) | {"seeds": args.seed + i, "num_tokens": args.tokens}
+            codes.append(df.generate(model, y, **settings))
             images.append(df.to_uint8(tokenizer.decode(codes[-1])).cpu())
     images, seconds = torch.cat(images), time.time() - since
     passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
@@ -92,8 +97,8 @@ def main(argv=None):
     try:
         run = Path(args.run)
         tokenizer, about = df.load_model(run / "tokenizer.pt", "tokenizer", ema=not args.no_ema)
-        given = {k: v for k, v in vars(args).items() if k in df.Config.__dataclass_fields__ and v is not None and k != "out"}
-        machine = df.start_machine(df.Config(**{"tok_batch": 1, "ar_batch": 1} | {k: given[k] for k in ("device", "dtype") if k in given}))
+        given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
+        machine = df.start_machine(dataclasses.replace(tokenizer.config, **given))
         tokenizer.to(machine.device)
         out = Path(args.out or run)
         out.mkdir(parents=True, exist_ok=True)
@@ -101,8 +106,7 @@ def main(argv=None):
             rebuild(args, tokenizer, machine, out)
             return 0
         model, _ = df.load_model(run / "ar.pt", "ar", machine.device, ema=not args.no_ema)
-        for name, value in given.items():
-            setattr(model.config, name, value)
+        model.config = dataclasses.replace(model.config, **given)
         draw(args, tokenizer, model, machine, about["classes"], out)
         return 0
     except (df.Refused, OSError) as error:
