@@ -740,7 +740,7 @@ def test_a_run_leaves_checkpoints_pictures_a_log_and_results(trained):
     } <= set(os.listdir(trained))
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "pixel_loss" in r] == [2, 4, 6] and log[0]["config"]["num_tokens"] == 12
-    assert [r["step"] for r in log if "held_out_loss" in r] == [6]
+    assert [r["step"] for r in log if "held_out_loss" in r] == [2, 4, 6]
     results = json.loads((trained / "results.json").read_text())
     assert results["ar"]["ln_V"] == pytest.approx(math.log(40), abs=1e-4) and "fid" not in results
     with Image.open(trained / "samples.png") as picture:
@@ -832,8 +832,8 @@ def test_two_processes_train_like_one(tmp_path):
     for name in ("tokenizer.pt", "ar.pt"):
         one, two = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
         for k in one:
-            if not k.endswith("qkv.bias"):  # keys' biases have no effect: gradients of pure rounding, which Adam scales up
-                torch.testing.assert_close(two[k], one[k], rtol=1e-3, atol=5e-4, msg=lambda m, k=k: f"{k}: {m}")
+            # The mean, for Adam blows single gradients that are pure rounding up to steps of the learning rate, 2e-3.
+            assert (two[k].float() - one[k].float()).abs().mean() < 3e-5, (name, k)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
