@@ -111,12 +111,10 @@ class Config:
     save_every: int = setting("run", 500, "steps between two checkpoints, each with a picture", 1)
     optimizer: str = setting("training", "muon", "for the transformers' matrices", one_of=("muon", "adamw"))
     accum: int = setting("training", 1, "parts a process splits its batch into, to save memory", 1)
-
     data: str = setting("data", "shapes", "shapes (drawn), cifar10 (downloaded) or a folder of image class folders")
     image_size: int = setting("data", 32, "R, side of the square images in pixels", 1)
     num_classes: int = setting("data", 10, "classes; training takes it from the data", 1)
     crop: float = setting("data", 0.8, "folders: a training crop shows at least this share of a side", 0.1, 1)
-
     num_tokens: int = setting("tokenizer", 16, "N, tokens of an image", 2)
     group_size: int = setting("tokenizer", 4, "G, tokens drawn in one pass", 1)
     causal_num: int = setting("tokenizer", -1, "c, first tokens, drawn one by one: a multiple of G; -1: G", -1)
@@ -132,7 +130,6 @@ class Config:
     dec_depth: int = setting("tokenizer", 3, "decoder: layers", 1)
     dec_heads: int = setting("tokenizer", 3, "decoder: attention heads", 1)
     dec_mlp: int = setting("tokenizer", 0, "decoder: MLP width; 0: four times the width")
-
     tok_steps: int = setting("tokenizer training", 2400, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
@@ -146,14 +143,12 @@ class Config:
     init_std: float = setting("tokenizer training", 0.3, "scale at which learned queries and positions start")
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
-
     ar_width: int = setting("AR transformer", 160, "width", 1)
     ar_depth: int = setting("AR transformer", 4, "layers", 1)
     ar_heads: int = setting("AR transformer", 4, "attention heads", 1)
     ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256")
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
     class_dropout: float = setting("AR transformer", 0.1, "share of labels hidden, for guidance", high=1)
-
     ar_steps: int = setting("AR training", 800, "optimiser steps", 1)
     ar_batch: int = setting("AR training", 64, "sequences per step, over all processes", 1)
     ar_lr: float = setting("AR training", 1e-3, "peak learning rate", high=1)
@@ -161,13 +156,11 @@ class Config:
     ar_ema: float = setting("AR training", 0.99, "decay of the averaged weights; 0: none", high=0.99999)
     ar_weight_decay: float = setting("AR training", 0.05, "weight decay of matrices and embeddings")
     correction_share: float = setting("AR training", 0.3, "share of sequences with a spoilt group", high=1)
-
     guidance: float = setting("sampling", 2.0, "classifier-free guidance scale; 1: none, half the work")
     schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
     temperature: float = setting("sampling", 1.0, "sampling temperature; 0: always the likeliest code")
     top_k: int = setting("sampling", 0, "draw among the k likeliest codes; 0: all")
     top_p: float = setting("sampling", 1.0, "draw among the likeliest codes of this joint probability", 1e-6, 1)
-
     eval_samples: int = setting("evaluation", 2000, "images generated to measure FID", 2)
     eval_batch: int = setting("evaluation", 250, "images per batch of evaluation and token extraction", 1)
     inception: str = setting("evaluation", "none", "Inception weights for FID: a file, auto (95 MB download) or none")
@@ -590,7 +583,8 @@ def draw_prefix(config, key):
 def draw_noise(config, keys, prefix):
     """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
 
-    Never in the prefix's last group, which nothing follows that could repair it; nor in a prefix of one token.
+    Never in the last parallel group of the prefix, which nothing follows that could repair it, nor in a prefix of one
+    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c.
     """
     G, c = config.group_size, config.causal_num
     span = prefix if prefix <= c else prefix - G
@@ -1180,6 +1174,12 @@ def fingerprint(module):
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+def write_whole(path, text):
+    """Write a text file so that nobody ever sees a part of it."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
 def save_checkpoint(path, config, stage, step, about, parts):
     """Write aside, then rename: at any moment there is a whole checkpoint at `path`. Raises Refused."""
     state = {"format": 1, "stage": stage, "step": step, "config": asdict(config), "about": about}
@@ -1243,10 +1243,11 @@ class Progress:
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
-        if machine.rank == 0:       # what a killed run logged after its last checkpoint will be logged again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            lines = [line for line in lines if (r := json.loads(line))["stage"] != stage or r["step"] <= start]
-            self.path.write_text("".join(line + "\n" for line in lines))
+        if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
+            lines = self.path.read_text().splitlines(keepends=True)
+            records = [json.loads(line) for line in lines if line.endswith("\n")]      # a kill may tear the last line
+            records = [r for r in records if r["stage"] != stage or r["step"] <= start]
+            write_whole(self.path, "".join(json.dumps(r) + "\n" for r in records))
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
@@ -1388,7 +1389,7 @@ def extract_codes(config, machine, tokenizer, about):
         file.flush()
         machine.barrier()
         if machine.rank == 0:
-            for old in path.parent.glob("codes-*.npy"):     # of another tokenizer
+            for old in set(path.parent.glob("codes-*")) - {aside}:      # of another tokenizer
                 old.unlink()
             os.replace(aside, path)
         machine.barrier()
@@ -1741,7 +1742,7 @@ def evaluate(config, machine):
         results["fid"] = measure_fid(config, machine, tokenizer, model, inception, val)
         machine.say(json.dumps(results["fid"], indent=1))
     if machine.rank == 0:
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 # == 18. Command line ==================================================================================================
 

@@ -766,6 +766,8 @@ def test_a_resumed_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(df.Progress, "step", stop)
             run(tmp_path, expect=130, disc_weight=0.2, disc_start=3)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"stage": "ar", "st')  # a line torn by the kill
     run(tmp_path, disc_weight=0.2, disc_start=3)
     for name in ("tokenizer.pt", "ar.pt"):
         once, twice = weights(trained / name), weights(tmp_path / name)
