@@ -25,6 +25,7 @@ from PIL import Image
 import detailflow as df
 import sample
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and lose much when the cores are busy
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 TINY = {
