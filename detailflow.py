@@ -667,10 +667,10 @@ def dropout(x, rate, keys, site):
 class ARBlock(nn.Module):
     """Llama layer without biases: RMSNorm, rotary attention, RMSNorm, SwiGLU."""
 
-    def __init__(self, config, index):
+    def __init__(self, config):
         super().__init__()
         D, hidden = config.ar_width, config.ar_mlp
-        self.heads, self.rate, self.index = config.ar_heads, config.dropout, index
+        self.heads, self.rate = config.ar_heads, config.dropout
         self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-5), nn.RMSNorm(D, eps=1e-5)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.w1, self.w3 = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False)
@@ -686,14 +686,12 @@ class ARBlock(nn.Module):
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
             k, v = cache[:, :, :, :end]                                                     # (B, h, end, D/h) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + dropout(self.out(y.transpose(1, 2).flatten(2)), self.rate, keys, 2 * self.index)
+        x = x + dropout(self.out(y.transpose(1, 2).flatten(2)), self.rate, keys, 0)
         h = self.norm2(x)
-        return x + dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)), self.rate, keys, 2 * self.index + 1)
+        return x + dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)), self.rate, keys, 1)
 
 class ARTransformer(nn.Module):
     """Writes the N codes of an image of a given class, coarse to fine."""
-
-    INPUT_SITE, CLASS_SITE = 10**6, 10**6 + 1               # of dropout; layers have 0, 1, 2, ...
 
     def __init__(self, config):
         super().__init__()
@@ -701,7 +699,7 @@ class ARTransformer(nn.Module):
         D, V = config.ar_width, config.codebook_size
         self.class_embed = nn.Embedding(config.num_classes + 1, D)          # the last row is the null class
         self.code_embed = nn.Embedding(V, D)
-        self.blocks = nn.ModuleList(ARBlock(config, i) for i in range(config.ar_depth))
+        self.blocks = nn.ModuleList(ARBlock(config) for _ in range(config.ar_depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.output = nn.Linear(D, V, bias=False)
         for module in self.modules():
@@ -736,7 +734,8 @@ class ARTransformer(nn.Module):
         T = x.shape[1]
         rotary, mask = self.rotary[start:start + T], self.mask[:T, :T] if cache is None else None
         for i, block in enumerate(self.blocks):
-            x = block(x, start, rotary, mask, None if cache is None else cache[i], keys)
+            layer_keys = None if keys is None else fold(keys, i)
+            x = block(x, start, rotary, mask, None if cache is None else cache[i], layer_keys)
         return self.output(self.norm(x)).float()
 
     def new_cache(self, batch):
@@ -755,9 +754,9 @@ class ARTransformer(nn.Module):
             raise Refused(f"ARTransformer wants labels (B,) and codes (B, {N}), got {tuple(labels.shape)} and "
                           f"{tuple(codes.shape)}")
         if keys is not None:
-            hidden = uniform(fold(keys, self.CLASS_SITE), 1)[:, 0] < self.config.class_dropout
+            hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
             labels = torch.where(hidden, self.config.num_classes, labels)
-        x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, self.INPUT_SITE)
+        x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
         return self.run(x, keys=keys)
 
 # == 10. Generation: G + N/G - 1 passes, each over its new positions only ======================================
