@@ -28,9 +28,10 @@ Run       python detailflow.py                                    both stages an
           python detailflow.py --preset cifar10 --stage tokenizer one GPU; then --stage ar, --stage eval
           torchrun --nproc-per-node 8 detailflow.py --preset imagenet-16 --data /data/imagenet
 
-Where we leave the paper and its code (ByteFlow-AI/DetailFlow): generation keeps a KV cache; patches are encoded once
-for both self-correction passes; the noise position is drawn for each image, not each batch; weights may be averaged
-in both stages, with a warm-up; training losses of the small presets are pixels and an optional small discriminator.
+Where we leave the authors' code (ByteFlow-AI/DetailFlow), which else wins over the paper: generation keeps a KV cache;
+patches are encoded once for both self-correction passes; the noise position is drawn for each image, not each batch;
+averaged weights warm up; small presets train with Muon, revive unused codes, start learned queries larger, and have
+pixels and an optional small discriminator as losses.
 """
 import argparse
 import contextlib
@@ -130,7 +131,7 @@ class Config:
     dec_depth: int = setting("tokenizer", 3, "decoder: layers", 1)
     dec_heads: int = setting("tokenizer", 3, "decoder: attention heads", 1)
     dec_mlp: int = setting("tokenizer", 0, "decoder: MLP width; 0: four times the width")
-    tok_steps: int = setting("tokenizer training", 2400, "optimiser steps", 1)
+    tok_steps: int = setting("tokenizer training", 2500, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
     tok_warmup: int = setting("tokenizer training", 100, "steps of linear warm-up")
@@ -149,7 +150,7 @@ class Config:
     ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256")
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
     class_dropout: float = setting("AR transformer", 0.1, "share of labels hidden, for guidance", high=1)
-    ar_steps: int = setting("AR training", 800, "optimiser steps", 1)
+    ar_steps: int = setting("AR training", 1000, "optimiser steps", 1)
     ar_batch: int = setting("AR training", 64, "sequences per step, over all processes", 1)
     ar_lr: float = setting("AR training", 1e-3, "peak learning rate", high=1)
     ar_warmup: int = setting("AR training", 50, "steps of linear warm-up")
@@ -850,6 +851,7 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
 
 # == 11. Data ==================================================================================================
 
+Image.MAX_IMAGE_PIXELS = None                       # huge pictures are welcome
 CACHE = Path(torch.hub.get_dir()) / "detailflow"    # downloads; the environment variable TORCH_HOME moves it
 
 def to_float(pixels):
@@ -972,7 +974,7 @@ class Folder(torch.utils.data.Dataset):
                 if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
                     image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
                 image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise Refused(f"broken image {path} ({error}): mend or remove it") from None
         if key is None:
             image = centre_crop(image, self.side)
