@@ -1201,7 +1201,7 @@ def load_checkpoint(path, stage):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Refused(f"no checkpoint {path}: python detailflow.py --stage {stage} makes one") from None
+        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one") from None
     except Exception as error:      # torn, foreign or hostile: torch raises half a dozen kinds
         raise Refused(f"{path} is not a checkpoint ({type(error).__name__}): delete it and train again") from error
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("stage") != stage:
@@ -1754,7 +1754,8 @@ def parse(argv):
     common.add_argument("--stage", choices=("tokenizer", "ar", "eval", "all"), default="all", help="what to do [all]")
     common.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
     preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
-    parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="detailflow.py [--preset NAME] [--stage NAME] [--SETTING VALUE ...]")
     groups = {}
     for f in fields(Config):
         group = f.metadata["group"]

@@ -1019,7 +1019,7 @@ def test_sample_draws_grids_strips_npz_and_rebuilds_a_picture(trained, tmp_path)
 
 def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
     for argv, word in (
-        (["--run", str(tmp_path)], "--stage tokenizer makes one"),
+        (["--run", str(tmp_path)], "python detailflow.py --out"),
         (["--classes", "dragon"], "dragon"),
         (["--num", "0"], "at least 1"),
         (["--image", str(tmp_path / "no.png")], "no.png"),
