@@ -870,6 +870,24 @@ def test_ar_transformer_learns_four_sequences_by_heart(config, ar):
     assert torch.equal(df.generate(ar, labels, temperature=0), codes)
 
 
+def test_muon_takes_torchs_steps():
+    """torch.optim.Muon works in bfloat16: equal to a few hundredths of a step."""
+    ours, theirs = torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(6, 4, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [
+        df.Muon([{"params": [ours.weight]}], {"lr": 0.02, "weight_decay": 0.1}),
+        torch.optim.Muon([theirs.weight], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    before, x = ours.weight.detach().clone(), torch.randn(5, 6)
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).sin().sum().backward()
+            optimizer.step()
+    moved = ours.weight - before
+    assert (ours.weight - theirs.weight).norm() < 0.05 * moved.norm()
+
+
 def test_moving_average_warms_up():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.ones_(model.weight)
