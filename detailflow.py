@@ -1355,7 +1355,8 @@ def train_tokenizer(config, machine):
                     real, fake = distributed_judge(torch.cat([target, pixels])).float().chunk(2)
                 judge_loss = config.disc_weight * judge.loss(real, fake, machine)
                 (judge_loss / config.accum).backward()
-            values["judge_loss"], _ = judge_loss, update(judge, judge_optimizers, lr)
+                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
+            update(judge, judge_optimizers, lr)
 
         done = step + 1
         progress.step(done, lr, **values)
