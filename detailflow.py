@@ -1,11 +1,11 @@
 """DetailFlow in one file: 1D coarse-to-fine image generation by next-detail prediction (arXiv 2505.21473).
 
 An image becomes N discrete tokens, ordered from global to fine: the first n of them decode to the image at
-resolution R(n), so each token adds detail to what is there. A class-conditional transformer then writes the tokens:
-the first group of G one by one (they fix the layout), every later group in one pass, G + N/G - 1 passes in all.
+resolution R(n), so each token adds detail to what is there. Nothing but supervision makes that order: with some
+probability only a prefix is decoded, against a degraded image. A class-conditional transformer then writes the
+tokens: the first group of G one by one (they fix the layout), every later group in one pass, G + N/G - 1 passes.
 Tokens drawn in parallel do not know of each other and err; so the tokenizer is trained to repair spoilt groups in
 later tokens (self-correction), and the transformer learns from such repaired sequences to repair its own errors.
-Nothing but supervision makes the order: with some probability only a prefix is decoded, against a degraded image.
 
     image (B, 3, R, R) --patches--> encoder <--N learned queries          stage 1: --stage tokenizer
             |                          | group-causal: token i never depends on later groups
@@ -24,20 +24,16 @@ Contents  1 randomness as a function    2 settings    3 resolution mapping R(n) 
           11 data    12 training, shared    13 tokenizer stage    14 AR stage    15 pictures    16 FID
           17 evaluation    18 command line
 
-Run       python detailflow.py                                    both stages and evaluation on drawn shapes, CPU
-          python detailflow.py --preset cifar10 --stage tokenizer one GPU; then --stage ar, --stage eval
-          torchrun --nproc-per-node 8 detailflow.py --preset imagenet-16 --data /data/imagenet
-
 Where we leave the authors' code (ByteFlow-AI/DetailFlow), which else wins over the paper: generation keeps a KV cache;
 patches are encoded once for both self-correction passes; the noise position is drawn for each image, not each batch;
-averaged weights warm up; small presets train with Muon, revive unused codes, start learned queries larger, and have
-pixels and an optional small discriminator as losses.
+averaged weights warm up; small presets train with Muon, revive unused codes and start learned queries larger.
 """
 import argparse
 import contextlib
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -63,12 +59,17 @@ from tqdm import tqdm
 class Refused(ValueError):
     """A user's mistake. main() prints its one line, without a traceback, and exits with status 2."""
 
-# == 1. Randomness as a function ===============================================================================
+def require(good, wanted, got):
+    """Refuse what is not as wanted."""
+    if not good:
+        raise Refused(f"{wanted}, got {got}")
 
-# Every random number of a run is a pure function of the seed, what it is for and which sample it is for; there is
-# no stream whose state would have to be kept. So a killed run goes on as if never stopped, two GPUs train like
-# one, and image i looks the same in a batch of 1 or of 64. (Only initial weights and the order of images come from
-# torch's own generators, seeded.) The function is the finaliser of splitmix64: a well mixing bijection of 64 bits.
+# == 1. Randomness as a function =======================================================================================
+
+# Every random number of a run is a pure function of the seed, what it is for and which sample it is for; there is no
+# stream whose state would have to be kept. So a killed run goes on as if never stopped, two GPUs train like one, and
+# image i looks the same in a batch of 1 or of 64. (Only initial weights and the order of images come from torch's own
+# generators, seeded.) The function is the finaliser of splitmix64: a well mixing bijection of 64 bits.
 
 GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -92,7 +93,14 @@ def root_key(seed, purpose):
     """The key, (1,) int64, that belongs to a seed and a purpose named by a string."""
     return fold(torch.tensor([seed]), int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:6], "big"))
 
-# == 2. Settings ===============================================================================================
+def dropout(x, rate, keys, site):
+    """Dropout whose mask depends only on each sample's key and on the place (site). Without keys: none."""
+    if keys is None or rate == 0:
+        return x
+    keep = uniform(fold(keys, site), x[0].numel()).view_as(x) >= rate
+    return x * keep / (1 - rate)
+
+# == 2. Settings =======================================================================================================
 
 def setting(group, default, help, low=0, high=10**9, one_of=None):
     """A field of Config: its help text is its comment, and --help prints it. Numbers must lie in low..high."""
@@ -121,16 +129,19 @@ class Config:
     causal_num: int = setting("tokenizer", -1, "c, first tokens, drawn one by one: a multiple of G; -1: G", -1)
     alpha: float = setting("tokenizer", 1.5, "exponent of the resolution mapping R(n)", 0.01, 100)
     patch_size: int = setting("tokenizer", 8, "p, side of a patch in pixels", 1)
+    dec_patch_size: int = setting("tokenizer", 0, "decoder: side of a patch; 0: as the encoder's")
     codebook_size: int = setting("tokenizer", 512, "V, codes in the codebook", 2, 65536)
     code_dim: int = setting("tokenizer", 8, "C, dimension of a code", 1)
     enc_width: int = setting("tokenizer", 96, "encoder: width", 1)
     enc_depth: int = setting("tokenizer", 3, "encoder: layers", 1)
     enc_heads: int = setting("tokenizer", 3, "encoder: attention heads", 1)
     enc_mlp: int = setting("tokenizer", 0, "encoder: MLP width; 0: four times the width")
+    enc_grid: int = setting("tokenizer", 0, "encoder: side of the table of positions; 0: of the grid of patches")
     dec_width: int = setting("tokenizer", 96, "decoder: width", 1)
     dec_depth: int = setting("tokenizer", 3, "decoder: layers", 1)
     dec_heads: int = setting("tokenizer", 3, "decoder: attention heads", 1)
     dec_mlp: int = setting("tokenizer", 0, "decoder: MLP width; 0: four times the width")
+    dec_grid: int = setting("tokenizer", 0, "decoder: side of the table of positions; 0: of the grid of patches")
     tok_steps: int = setting("tokenizer training", 2500, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
@@ -172,26 +183,28 @@ class Config:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if f.type is float and type(value) is int:
                 setattr(self, f.name, value := float(value))
-            if type(value) is not f.type:
-                raise Refused(f"{f.name} must be of type {f.type.__name__}, got {value!r}")
-            if f.type in (int, float) and not low <= value <= high:
-                raise Refused(f"{f.name} must lie in {low}..{high}, got {value}")
-            if f.metadata["one_of"] and value not in f.metadata["one_of"]:
-                raise Refused(f"{f.name} must be one of {', '.join(f.metadata['one_of'])}, got {value}")
+            require(type(value) is f.type, f"{f.name} must be of type {f.type.__name__}", repr(value))
+            require(f.type not in (int, float) or low <= value <= high, f"{f.name} must lie in {low}..{high}", value)
+            choices = f.metadata["one_of"] or (value,)
+            require(value in choices, f"{f.name} must be one of {', '.join(map(str, choices))}", value)
         self.causal_num = self.group_size if self.causal_num == -1 else self.causal_num
         self.enc_mlp, self.dec_mlp = self.enc_mlp or 4 * self.enc_width, self.dec_mlp or 4 * self.dec_width
+        self.dec_patch_size = self.dec_patch_size or self.patch_size
         self.ar_mlp = self.ar_mlp or 256 * math.ceil(int(8 * self.ar_width / 3) / 256)
         for name, unit in (("num_tokens", "group_size"), ("causal_num", "group_size"), ("image_size", "patch_size"),
-                           ("enc_width", "enc_heads"), ("dec_width", "dec_heads"), ("ar_width", "ar_heads")):
-            if getattr(self, name) % getattr(self, unit):
-                raise Refused(f"{name} {getattr(self, name)} is not a multiple of {unit} {getattr(self, unit)}")
-        for value, low, reason in (
-            (self.num_tokens, self.causal_num + self.group_size, "num_tokens must hold causal_num and one group more"),
-            (self.codebook_size, self.noise_topk, "codebook_size must not be less than noise_topk")):
-            if value < low:
-                raise Refused(f"{reason}: it must be at least {low}, got {value}")
-        if self.ar_width // self.ar_heads % 4:
-            raise Refused(f"ar_width / ar_heads must be a multiple of 4, got {self.ar_width} / {self.ar_heads}")
+                           ("image_size", "dec_patch_size"), ("enc_width", "enc_heads"), ("dec_width", "dec_heads"),
+                           ("ar_width", "ar_heads")):
+            value, of = getattr(self, name), getattr(self, unit)
+            require(value % of == 0, f"{name} must be a multiple of {unit} {of}", value)
+        self.enc_grid = self.enc_grid or self.image_size // self.patch_size
+        self.dec_grid = self.dec_grid or self.image_size // self.dec_patch_size
+        least = self.causal_num + self.group_size
+        most = self.codebook_size
+        require(self.num_tokens >= least, f"num_tokens must hold causal_num and a group: at least {least}",
+                self.num_tokens)
+        require(self.noise_topk <= most, f"noise_topk must not exceed codebook_size {most}", self.noise_topk)
+        require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
+                f"{self.ar_width} / {self.ar_heads}")
 
 EPOCH = 5004    # steps: 1,281,167 images in batches of 256
 PAPER = {       # the paper's Section 4.1 and its authors' configuration files
@@ -216,7 +229,7 @@ PRESETS = {
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
 }
 
-# == 3. Resolution mapping: how many pixels n tokens are worth (paper, Section 3.2) ============================
+# == 3. Resolution mapping: how many pixels n tokens are worth (paper, Section 3.2) ====================================
 
 def prefix_lengths(config):
     """The token counts that can be decoded: 1, 2, ..., c (drawn one by one), then whole groups up to N."""
@@ -235,7 +248,7 @@ def resolution(config, n):
 
 def decoder_size(config, n):
     """Side of the image that the decoder paints from n tokens: R(n) rounded up to whole patches."""
-    return math.ceil(resolution(config, n) / config.patch_size) * config.patch_size
+    return math.ceil(resolution(config, n) / config.dec_patch_size) * config.dec_patch_size
 
 def best_prefix(config):
     """For each decoder size the token count whose R(n) is closest to it, the longer of two equals: {size: n}."""
@@ -259,11 +272,7 @@ def degrade(images, config, n):
         images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
     return images
 
-def resolution_table(config):
-    """R(n) and decoder_size(n) for every prefix length, a line each."""
-    return [f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}" for n in prefix_lengths(config)]
-
-# == 4. The mask: bool, True = may attend; one rule for the encoder's queries and for the AR transformer =======
+# == 4. The mask: bool, True = may attend; one rule for the encoder's queries and for the AR transformer ===============
 
 def group_causal_mask(length, causal_num, group_size):
     """(T, T) bool: row i says which positions j position i may attend to.
@@ -281,7 +290,7 @@ def group_causal_mask(length, causal_num, group_size):
     i, j = torch.arange(length)[:, None], torch.arange(length)[None]
     return torch.where(i < causal_num, j <= i, j // group_size <= i // group_size)
 
-# == 5. Vision transformer: SigLIP 2's layers, for encoder and decoder =========================================
+# == 5. Vision transformer: SigLIP 2's layers, for encoder and decoder =================================================
 
 def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)                                         # (B, h, T, D/h)
@@ -308,9 +317,7 @@ class Block(nn.Module):
 
     def forward(self, x, past=None, mask=None):
         """x (B, T, D) attends to itself and to `past`, keys and values of P other tokens; mask (T, P + T).
-
-        Returns the new x and the keys and values of its own T tokens.
-        """
+        Returns the new x and the keys and values of its own T tokens."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         own = (k, v)
         if past is not None:
@@ -348,7 +355,7 @@ def unpatchify(x, p):
     x = x.unflatten(1, (side, side)).unflatten(3, (p, p, 3))                                    # (B, h, w, p, p, 3)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-# == 6. Vector quantiser: nearest neighbour on the unit sphere =================================================
+# == 6. Vector quantiser: nearest neighbour on the unit sphere =========================================================
 
 class Quantized(NamedTuple):
     vectors: torch.Tensor   # (B, T, C) codebook rows of unit length; their gradient goes straight to the latents
@@ -373,9 +380,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, latents, k):
         """The k nearest codes of unit vectors (..., C), nearest first: (..., k).
-
-        On the sphere |z - e|^2 = 2 - 2 z.e: the nearest code has the largest cosine.
-        """
+        On the sphere |z - e|^2 = 2 - 2 z.e: the nearest code has the largest cosine."""
         cosine = latents @ F.normalize(self.codebook, dim=-1).T                                 # (..., V)
         return cosine.argmax(dim=-1, keepdim=True) if k == 1 else cosine.topk(k, dim=-1).indices
 
@@ -411,7 +416,7 @@ class Quantizer(nn.Module):
         p = self.counts / self.counts.sum().clamp(min=1)
         return (self.counts > 0.5).float().mean(), torch.special.entr(p).sum().exp()
 
-# == 7. Tokenizer: encoder, self-correction, decoder (paper, Sections 3.1 to 3.3) ==============================
+# == 7. Tokenizer: encoder, self-correction, decoder (paper, Sections 3.1 to 3.3) ======================================
 
 class Correction(NamedTuple):
     vectors: torch.Tensor   # (B, N, C) clean prefix and noisy group, both without gradient, then the re-encoded rest
@@ -432,10 +437,9 @@ class Tokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        N, C, D, E, p = config.num_tokens, config.code_dim, config.enc_width, config.dec_width, config.patch_size
-        self.patch_embed = nn.Linear(3 * p * p, D)
-        grid, std = config.image_size // p, config.init_std
-        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, grid, std)
+        N, C, D, E, std = config.num_tokens, config.code_dim, config.enc_width, config.dec_width, config.init_std
+        self.patch_embed = nn.Linear(3 * config.patch_size**2, D)
+        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.enc_grid, std)
         self.queries = nn.Parameter(std * torch.randn(1, N, D))           # query i asks the image for token i;
         self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
         self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
@@ -445,8 +449,8 @@ class Tokenizer(nn.Module):
         self.code_embed = nn.Linear(C, E)
         self.code_positions = nn.Parameter(std * torch.randn(1, N, E))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
-        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, grid, std)
-        self.to_pixels = nn.Linear(E, 3 * p * p)
+        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid, std)
+        self.to_pixels = nn.Linear(E, 3 * config.dec_patch_size**2)
         mask = group_causal_mask(N, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
 
@@ -514,12 +518,12 @@ class Tokenizer(nn.Module):
 
     def decode_vectors(self, vectors, size):
         """Mask tokens read code vectors (B, n, C) -> pixels (B, 3, size, size), nominally in [-1, 1]."""
-        n, side = vectors.shape[1], size // self.config.patch_size
+        n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
         x = torch.cat([canvas, self.code_embed(vectors) + self.code_positions[:, :n]], dim=1)
         for block in self.decoder.blocks:
             x, _ = block(x)                                                                     # (B, side^2 + n, E)
-        return unpatchify(self.to_pixels(self.decoder.norm(x[:, :side * side])), self.config.patch_size).float()
+        return unpatchify(self.to_pixels(self.decoder.norm(x[:, :side * side])), self.config.dec_patch_size).float()
 
     # -- What the rest of the program calls --
 
@@ -540,27 +544,22 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """(B, 3, H, W) float in [-1, 1], sides multiples of p -> codes (B, N) int64. Raises Refused."""
-        p = self.config.patch_size
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise Refused(f"encode wants float images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        if 0 in images.shape or images.shape[2] % p or images.shape[3] % p:
-            raise Refused(f"encode wants sides that are multiples of the patch size {p}, got {tuple(images.shape)}")
+        p, shape = self.config.patch_size, tuple(images.shape)
+        require(len(shape) == 4 and shape[1] == 3 and images.is_floating_point() and 0 not in shape
+                and shape[2] % p == shape[3] % p == 0,
+                f"encode wants float images (B, 3, H, W), sides multiples of {p}", f"{images.dtype} {shape}")
         return self.quantize(self.encode_patches(images)).codes
 
     @torch.no_grad()
     def decode(self, codes, size=None):
         """Codes (B, n), n one of prefix_lengths -> (B, 3, S, S), nominally in [-1, 1]; S = size or decoder_size(n).
-
-        Raises Refused.
-        """
-        allowed, V, p = prefix_lengths(self.config), self.config.codebook_size, self.config.patch_size
-        if codes.ndim != 2 or codes.is_floating_point() or codes.shape[1] not in allowed:
-            raise Refused(f"decode wants integer codes (B, n), n in {allowed}, got {codes.dtype} {tuple(codes.shape)}")
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < V:
-            raise Refused(f"codes must lie in 0..{V - 1}, got {int(codes.min())}..{int(codes.max())}")
+        Raises Refused."""
+        allowed, V, p = prefix_lengths(self.config), self.config.codebook_size, self.config.dec_patch_size
+        require(codes.ndim == 2 and not codes.is_floating_point() and codes.shape[1] in allowed,
+                f"decode wants integer codes (B, n), n in {allowed}", f"{codes.dtype} {tuple(codes.shape)}")
+        require(codes.numel() == 0 or 0 <= codes.min() <= codes.max() < V, f"codes must lie in 0..{V - 1}", codes)
         size = size or decoder_size(self.config, codes.shape[1])
-        if size < 1 or size % p:
-            raise Refused(f"size must be a multiple of the patch size {p}, got {size}")
+        require(size > 0 and size % p == 0, f"size must be a multiple of the patch size {p}", size)
         return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
 
     @torch.no_grad()
@@ -583,10 +582,8 @@ def draw_prefix(config, key):
 
 def draw_noise(config, keys, prefix):
     """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
-
     Never in the last parallel group of the prefix, which nothing follows that could repair it, nor in a prefix of one
-    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c.
-    """
+    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c."""
     G, c = config.group_size, config.causal_num
     span = prefix if prefix <= c else prefix - G
     if not config.correction or prefix == 1 or span == 0:
@@ -595,7 +592,7 @@ def draw_noise(config, keys, prefix):
     start = (u[:, 0] * span).long()
     return torch.where(start < c, start, start // G * G), (u[:, 1:] * config.noise_topk).long()
 
-# == 8. Adversarial loss of the small presets (optional) =======================================================
+# == 8. Adversarial loss of the small presets (optional) ===============================================================
 
 class PatchDiscriminator(nn.Module):
     """A small convolutional judge of neighbourhoods of 16 x 16 pixels: real or decoded?"""
@@ -626,7 +623,7 @@ class PatchDiscriminator(nn.Module):
         return hinge + self.LECAM * (F.relu(real - self.anchors[1]).square().mean()
                                      + F.relu(self.anchors[0] - fake).square().mean())
 
-# == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.4) =====
+# == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.4) =============
 
 # Position p of the sequence predicts code p. What it is given, for N = 8, G = c = 2:
 #
@@ -641,11 +638,9 @@ class PatchDiscriminator(nn.Module):
 
 def rotary_table(config):
     """(cos, sin) of each position, (N, D/h/2, 2): half of the pairs turn with the group, half with the place in it.
-
     Position p >= 1 counts as group (p - 1) // G, place (p - 1) % G (the mask groups by p // G: one off, as in the
     authors' code). Row 0, the class, is all zero, not (1, 0): its query and key vanish in every layer, so that every
-    position reads it with attention logit 0.
-    """
+    position reads it with attention logit 0."""
     quarter = config.ar_width // config.ar_heads // 4
     frequency = 10000.0 ** -(torch.arange(quarter) / quarter)
     p = torch.arange(config.num_tokens - 1)[:, None]
@@ -657,13 +652,6 @@ def rotate(x, table):
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                          # (B, h, T, D/h/2)
     cos, sin = table.unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
-
-def dropout(x, rate, keys, site):
-    """Dropout whose mask depends only on each sample's key and on the place (site). Without keys: none."""
-    if keys is None or rate == 0:
-        return x
-    keep = uniform(fold(keys, site), x[0].numel()).view_as(x) >= rate
-    return x * keep / (1 - rate)
 
 class ARBlock(nn.Module):
     """Llama layer without biases: RMSNorm, rotary attention, RMSNorm, SwiGLU."""
@@ -714,9 +702,7 @@ class ARTransformer(nn.Module):
 
     def embed(self, labels, codes, start=0):
         """Inputs of the positions from `start` on, given k codes: labels (B,), codes (B, k) -> (B, T, D).
-
-        The layout above: class, codes 0..c-1, G - 1 specials, codes c, c + 1, ...; specials only once k >= c.
-        """
+        The layout above: class, codes 0..c-1, G - 1 specials, codes c, c + 1, ...; specials only once k >= c."""
         c, G, k = self.config.causal_num, self.config.group_size, codes.shape[1]
         parts = [self.class_embed(labels)[:, None]] if start == 0 else []
         parts.append(self.code_embed(codes[:, max(start - 1, 0):c]))        # position p <= c is given code p - 1
@@ -728,10 +714,8 @@ class ARTransformer(nn.Module):
 
     def run(self, x, start=0, cache=None, keys=None):
         """Layers and head at positions start .. start+T-1: x (B, T, D) -> logits (B, T, V) float32.
-
         Without a cache all positions from 0 are in x, and the mask orders them. With one, x is one position or one
-        group, which may see itself and all before it: no mask is needed.
-        """
+        group, which may see itself and all before it: no mask is needed."""
         T = x.shape[1]
         rotary, mask = self.rotary[start:start + T], self.mask[:T, :T] if cache is None else None
         for i, block in enumerate(self.blocks):
@@ -746,21 +730,18 @@ class ARTransformer(nn.Module):
 
     def forward(self, labels, codes, keys=None):
         """labels (B,) in 0..num_classes (the last is "no class"), codes (B, N) -> logits (B, N, V) float32.
-
         Position i predicts code i, from the class and from codes of earlier groups (for i < c: all earlier codes).
-        keys (B,): one a sample, for dropout in training; None: no dropout. Raises Refused.
-        """
+        keys (B,): one a sample, for dropout in training; None: no dropout. Raises Refused."""
         N, G = self.config.num_tokens, self.config.group_size
-        if codes.ndim != 2 or codes.shape[1] != N or labels.shape != codes.shape[:1]:
-            raise Refused(f"ARTransformer wants labels (B,) and codes (B, {N}), got {tuple(labels.shape)} and "
-                          f"{tuple(codes.shape)}")
+        require(codes.ndim == 2 and codes.shape[1] == N and labels.shape == codes.shape[:1],
+                f"ARTransformer wants labels (B,) and codes (B, {N})", f"{tuple(labels.shape)}, {tuple(codes.shape)}")
         if keys is not None:
             hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
             labels = torch.where(hidden, self.config.num_classes, labels)
         x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
         return self.run(x, keys=keys)
 
-# == 10. Generation: G + N/G - 1 passes, each over its new positions only ======================================
+# == 10. Generation: G + N/G - 1 passes, each over its new positions only ==============================================
 
 def decoding_spans(config, num_tokens):
     """The positions of each pass, [(0, 1), ..., (c - 1, c), (c, c + G), (c + G, c + 2G), ...], up to num_tokens."""
@@ -769,10 +750,8 @@ def decoding_spans(config, num_tokens):
 
 def guidance_scale(config, start, guidance, schedule):
     """The scale for the codes of the pass that begins at position `start`.
-
     constant: the same for all. linear, the authors' "gradual": full for the first c codes, then for group i of
-    K = N/G: guidance * (K - i + 1) / (K + 1).
-    """
+    K = N/G: guidance * (K - i + 1) / (K + 1)."""
     if schedule == "constant" or start < config.causal_num:
         return guidance
     K = config.num_tokens // config.group_size
@@ -791,9 +770,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Codes (B, T) from logits (B, T, V) and uniform u (B, T), each position for itself. Temperature 0: argmax.
-
-    Inverse transform sampling: the first code at which the cumulated probability exceeds u.
-    """
+    Inverse transform sampling: the first code at which the cumulated probability exceeds u."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     p = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1).double().cumsum(dim=-1)
@@ -802,31 +779,25 @@ def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 def check_request(config, labels, guidance, schedule, temperature, top_k, top_p, seeds, num_tokens):
     """Refuse what generate() cannot do, naming the value and what is allowed."""
-    if labels.ndim != 1 or labels.is_floating_point() or len(labels) == 0:
-        raise Refused(f"labels must be at least one integer, shape (B,), got {labels.dtype} {tuple(labels.shape)}")
-    for good, wanted, got in (
-        (0 <= labels.min() and labels.max() <= config.num_classes, f"labels must lie in 0..{config.num_classes - 1} "
-         f"({config.num_classes}: no class)", labels.tolist()),
-        (0 <= guidance < math.inf, "guidance must be a number of at least 0", guidance),
-        (schedule in ("constant", "linear"), "schedule must be constant or linear", schedule),
-        (0 <= temperature < math.inf, "temperature must be a number of at least 0", temperature),
-        (top_k >= 0 and top_k == int(top_k), "top_k must be a whole number, 0 for all codes", top_k),
-        (0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p),
-        (seeds is None or len(seeds) == len(labels), f"seeds must be {len(labels)}, one a label", seeds),
-        (num_tokens in prefix_lengths(config), f"num_tokens must be one of {prefix_lengths(config)}", num_tokens),
-    ):
-        if not good:
-            raise Refused(f"{wanted}, got {got}")
+    K, allowed = config.num_classes, prefix_lengths(config)
+    require(labels.ndim == 1 and len(labels) and not labels.is_floating_point(),
+            "labels must be at least one integer, shape (B,)", f"{labels.dtype} {tuple(labels.shape)}")
+    require(0 <= labels.min() and labels.max() <= K, f"labels must lie in 0..{K - 1} ({K}: no class)", labels.tolist())
+    require(0 <= guidance < math.inf, "guidance must be a number of at least 0", guidance)
+    require(schedule in ("constant", "linear"), "schedule must be constant or linear", schedule)
+    require(0 <= temperature < math.inf, "temperature must be a number of at least 0", temperature)
+    require(top_k >= 0 and top_k == int(top_k), "top_k must be a whole number, 0 for all codes", top_k)
+    require(0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p)
+    require(seeds is None or len(seeds) == len(labels), f"seeds must be {len(labels)}, one a label", seeds)
+    require(num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
 
 @torch.no_grad()
 def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, top_k=0, top_p=1.0, seeds=None,
              num_tokens=None, slow=False):
     """Draw images: labels (B,) -> codes (B, N) int64; or only the first num_tokens, a small picture sooner.
-
     seeds: an integer for each image [fresh ones from torch's generator]. What image i becomes depends on its label and
     seed, not on its batch. slow=True recomputes every position in every pass, as the authors' code does: the
-    reference that the cache is tested against. Raises Refused.
-    """
+    reference that the cache is tested against. Raises Refused."""
     config, device = model.config, model.output.weight.device
     num_tokens = config.num_tokens if num_tokens is None else num_tokens
     check_request(config, labels, guidance, schedule, temperature, top_k, top_p, seeds, num_tokens)
@@ -849,7 +820,7 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
         codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
 
-# == 11. Data ==================================================================================================
+# == 11. Data ==========================================================================================================
 
 Image.MAX_IMAGE_PIXELS = None                       # huge pictures are welcome
 CACHE = Path(torch.hub.get_dir()) / "detailflow"    # downloads; the environment variable TORCH_HOME moves it
@@ -864,14 +835,12 @@ def to_uint8(images):
 
 class Shapes(torch.utils.data.Dataset):
     """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
-
-    Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part.
-    """
+    Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part."""
     classes = ("disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair")
 
     def __init__(self, split="train", size=32):
-        if split not in ("train", "val", "test") or size < 1:
-            raise Refused(f"Shapes wants a split train, val or test and a size in pixels, got {split!r}, {size}")
+        require(split in ("train", "val", "test"), "split must be train, val or test", repr(split))
+        require(size >= 1, "size must be at least 1 pixel", size)
         self.size, self.length, self.key = size, 20000 if split == "train" else 2000, root_key(0, split)
 
     def __len__(self):
@@ -916,71 +885,67 @@ class Shapes(torch.utils.data.Dataset):
             torch.maximum(r - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
             torch.minimum(torch.hypot(x + 0.5, y + 0.5), torch.hypot(x - 0.5, y - 0.5)) - 0.45], dim=1)
 
-def shrink(image, side):
-    """A PIL image with its shorter side brought to `side`: box-halved while twice too large, then bicubic (ADM)."""
-    while min(image.size) >= 2 * side:
+def crop(image, side, share=1.0, u=None):
+    """A PIL image cropped to side x side: ADM's centre crop. With four numbers u in [0, 1): the paper's crop for
+    training, of random scale (the shorter side becomes side .. side / share), place and mirroring."""
+    short = side if u is None else side + int(u[0] * (math.ceil(side / share) - side + 1))
+    while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-
-def centre_crop(image, side):
-    """ADM's centre crop of a PIL image to side x side pixels."""
-    image = shrink(image, side)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
-
-def random_crop(image, side, share, u):
-    """The paper's crop for training, by four numbers u in [0, 1): the shorter side scaled to side .. side / share."""
-    image = shrink(image, side + int(u[0] * (math.ceil(side / share) - side + 1)))
-    left, top = int(u[1] * (image.width - side + 1)), int(u[2] * (image.height - side + 1))
+    scale = short / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    x, y = image.width - side, image.height - side
+    left, top = (x // 2, y // 2) if u is None else (int(u[1] * (x + 1)), int(u[2] * (y + 1)))
     image = image.crop((left, top, left + side, top + side))
-    return image.transpose(Image.FLIP_LEFT_RIGHT) if u[3] < 0.5 else image
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if u is not None and u[3] < 0.5 else image
 
 class Folder(torch.utils.data.Dataset):
     """Images in class folders, as uint8 (3, side, side): item i is a centre crop, item (i, key) a random one.
-
     With train/ and val/ (or test/) in the folder these are the splits; else every 20th image is kept for validation.
-    Raises Refused when there are no images.
-    """
+    A broken file is named, and the next one takes its place. Raises Refused: no images, or too many broken."""
 
-    def __init__(self, root, split, side, crop=1.0, classes=None):
-        root, self.side, self.crop = Path(root), side, crop
-        if not root.is_dir():
-            raise Refused(f"no folder {root}: --data must be shapes, cifar10 or a folder of images in class folders")
+    def __init__(self, root, split, side, share=1.0, classes=None):
+        root, self.side, self.share = Path(root), side, share
+        require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
         names = ["train"] if split == "train" else ["val", "test"]
         part = next((root / name for name in names if (root / name).is_dir()), root)
+        kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
         try:
             found = torchvision.datasets.ImageFolder(part, allow_empty=True)
         except FileNotFoundError:
             raise Refused(f"no class folders in {part}: wanted {part}/CLASS/IMAGE") from None
-        self.classes, self.samples = classes or found.classes, found.samples            # [(path, label), ...]
-        if part == root and len(self.samples) >= 20:
-            self.samples = [s for i, s in enumerate(self.samples) if (i % 20 == 19) == (split == "val")]
-        if not self.samples:
-            raise Refused(f"no images in {part}: wanted {part}/CLASS/IMAGE, IMAGE being one of "
-                          f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}")
-        if unknown := [name for name in found.classes if name not in self.classes]:
-            raise Refused(f"{part} has classes that are not in the training data: {', '.join(unknown[:5])}")
-        self.samples = [(path, self.classes.index(found.classes[label])) for path, label in self.samples]
+        self.classes, samples = classes or found.classes, found.samples                 # [(path, label), ...]
+        if part == root and len(samples) >= 20:
+            samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
+        require(samples, f"{part} must hold images, {part}/CLASS/IMAGE, IMAGE being one of {kinds}", "none")
+        unknown = [name for name in found.classes if name not in self.classes]
+        require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
+        self.paths = [path for path, _ in samples]
+        self.labels = torch.tensor([self.classes.index(found.classes[label]) for _, label in samples])
+        self.broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()       # by all workers
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.paths)
+
+    def read(self, index):
+        """The picture in file number `index`, RGB; of the next file that can be read where that one is broken."""
+        try:
+            with Image.open(self.paths[index]) as image:
+                if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
+                    image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            if not self.broken[index]:
+                self.broken[index] = True
+                print(f"\nskipped: broken image {self.paths[index]} ({error})", file=sys.stderr)
+            count = int(self.broken.sum())
+            require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
+                    f"{count} of {len(self)}, the last {self.paths[index]}")
+            return self.read((index + 1) % len(self))
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)
-        path = self.samples[index][0]
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
-                    image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise Refused(f"broken image {path} ({error}): mend or remove it") from None
-        if key is None:
-            image = centre_crop(image, self.side)
-        else:
-            image = random_crop(image, self.side, self.crop, uniform(torch.tensor([key]), 4)[0].tolist())
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        u = None if key is None else uniform(torch.tensor([key]), 4)[0].tolist()
+        return torch.from_numpy(np.array(crop(self.read(index), self.side, self.share, u))).permute(2, 0, 1)
 
 @dataclass
 class Images:
@@ -994,19 +959,19 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
-    def stream(self, batches):
-        """uint8 (B, 3, side, side) for each list of items of the folder."""
+    def fetch(self, batches):
+        """uint8 (B, 3, side, side) for each batch, a list of row numbers or, of a folder, of (row, key): see there."""
+        if self.pixels is not None:
+            return (self.pixels[torch.as_tensor(rows, device=self.pixels.device)] for rows in batches)
         return iter(torch.utils.data.DataLoader(self.files, batch_sampler=batches, num_workers=self.workers,
                                                 pin_memory=torch.cuda.is_available()))
 
     def in_order(self, rows, batch):
-        """(rows, uint8 images) batch by batch, for a range of row numbers."""
-        chunks = [rows[i:i + batch] for i in range(0, len(rows), batch)]
-        if self.pixels is None:
-            return zip(chunks, self.stream(chunks), strict=True)
-        return ((chunk, self.pixels[chunk.start:chunk.stop:chunk.step]) for chunk in chunks)
+        """(rows, uint8 images) batch by batch, for a sequence of row numbers."""
+        chunks = [list(rows[i:i + batch]) for i in range(0, len(rows), batch)]
+        return zip(chunks, self.fetch(chunks), strict=True)
 
-def open_data(config, machine, split, side=None, crop=1.0, classes=None):
+def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
     side = side or config.image_size
     if config.data == "shapes":
@@ -1014,19 +979,18 @@ def open_data(config, machine, split, side=None, crop=1.0, classes=None):
         pixels = torch.cat([drawn.draw(rows) for rows in torch.arange(len(drawn)).split(500)])
         return Images(torch.arange(len(drawn)) % 10, list(drawn.classes), pixels.to(machine.device))
     if config.data == "cifar10":
-        if side != 32:
-            raise Refused(f"cifar10 has images of 32 pixels, image_size is {side}")
+        require(side == 32, "cifar10 has images of 32 pixels: image_size must be 32", side)
+        source = torchvision.datasets.CIFAR10
         try:
             with machine.first():
-                cifar = torchvision.datasets.CIFAR10(CACHE, train=split == "train", download=True)
+                cifar = source(CACHE, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise Refused(f"CIFAR-10 can't be downloaded ({error}): unpack {torchvision.datasets.CIFAR10.url} in "
-                          f"{CACHE}, or give a folder of images: --data FOLDER") from error
+            raise Refused(f"CIFAR-10 can't be downloaded ({error}): unpack {source.url} in {CACHE}, or give a folder "
+                          "of images: --data FOLDER") from error
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
-    files = Folder(config.data, split, side, crop, classes)
-    labels = torch.tensor([label for _, label in files.samples])
-    return Images(labels, files.classes, files=files, workers=config.workers)
+    files = Folder(config.data, split, side, share, classes)
+    return Images(files.labels, files.classes, files=files, workers=config.workers)
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, stage, epoch, count):
@@ -1044,21 +1008,15 @@ def batch_rows(config, machine, stage, step, batch, count):
 
 def training_batches(config, machine, data, start, stop):
     """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device.
-
-    Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped.
-    """
-    def plan(step):
-        return batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data))
-
-    if data.pixels is None:
-        items = (list(zip(*(t.tolist() for t in plan(step)), strict=True)) for step in range(start, stop))
-        streamed = data.stream(items)
-    for step in range(start, stop):
-        rows, keys = (t.to(machine.device, non_blocking=True) for t in plan(step))
-        if data.pixels is None:
-            images = to_float(next(streamed).to(machine.device, non_blocking=True))
-        else:
-            images = to_float(data.pixels[rows])
+    Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped."""
+    plans = (batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data)) for step in range(start, stop))
+    (plans, ahead), streamed = itertools.tee(plans), data.pixels is None
+    pixels = data.fetch([(row.item(), key.item()) for row, key in zip(*plan, strict=True)] if streamed else plan[0]
+                        for plan in ahead)
+    for step, x, (_, keys) in zip(range(start, stop), pixels, plans, strict=True):
+        images, keys = (t.to(machine.device, non_blocking=True) for t in (x, keys))
+        images = to_float(images)
+        if not streamed:
             images = torch.where(uniform(keys, 1)[:, :, None, None] < 0.5, images.flip(3), images)
         yield step, images, keys
 
@@ -1093,6 +1051,10 @@ class Machine(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, items):
+        """The part of a sequence that is this process's to do."""
+        return items[self.rank::self.world]
+
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
@@ -1100,12 +1062,12 @@ class Machine(NamedTuple):
 def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name, batch in (("tok_batch", config.tok_batch), ("ar_batch", config.ar_batch)):
-        if batch % (world * config.accum):
-            raise Refused(f"{name} {batch} is not a multiple of processes x accum = {world * config.accum}")
+    for name in ("tok_batch", "ar_batch"):
+        parts, batch = world * config.accum, getattr(config, name)
+        require(batch % parts == 0, f"{name} must be a multiple of processes x accum = {parts}", batch)
+    cuda = torch.cuda.is_available()
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(auto if config.device == "auto" else config.device)
+        device = torch.device(("cuda" if cuda else "cpu") if config.device == "auto" else config.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
@@ -1115,8 +1077,8 @@ def start_machine(config):
         raise Refused(f"device {config.device} can't be used ({str(error).splitlines()[0]})") from error
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Machine(device, auto if config.dtype == "auto" else getattr(torch, config.dtype), rank, world)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return Machine(device, getattr(torch, auto if config.dtype == "auto" else config.dtype), rank, world)
 
 def learning_rate(step, steps, warmup, peak, first, last):
     """Linear from `first` to `peak` in `warmup` steps, then cosine to `last`, counted from step 0 as the authors do."""
@@ -1127,8 +1089,7 @@ def learning_rate(step, steps, warmup, peak, first, last):
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are made orthogonal: they move every direction equally far, so that small models
     trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does so in
-    bfloat16, where two processes drift from one, matrix by matrix; this in float32, and those of a shape together.
-    """
+    bfloat16, where two processes drift from one, matrix by matrix; this in float32, and those of a shape together."""
     QUINTIC = 3.4445, -4.7750, 2.0315       # a x + b x^3 + c x^5, five times over, brings singular values near 1
 
     @torch.no_grad()
@@ -1152,13 +1113,14 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(module, kind, lr, weight_decay=0.0):
     """{name: optimiser} that train a module together: AdamW with the authors' betas; for kind "muon" the matrices of
     the transformer layers have Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
-    named = list(module.named_parameters())
-    hidden = [p for name, p in named if kind == "muon" and "blocks." in name and p.ndim == 2]
-    matrices = [p for _, p in named if p.ndim >= 2 and not any(p is h for h in hidden)]
-    groups = [{"params": matrices, "weight_decay": weight_decay},
-              {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}]
-    optimizers = {"adamw": torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)}
-    if hidden:
+    groups = {"hidden": [], "matrices": [], "vectors": []}
+    for name, p in module.named_parameters():
+        hidden = kind == "muon" and "blocks." in name and p.ndim == 2
+        groups["hidden" if hidden else "matrices" if p.ndim >= 2 else "vectors"].append(p)
+    optimizers = {"adamw": torch.optim.AdamW([{"params": groups["matrices"], "weight_decay": weight_decay},
+                                              {"params": groups["vectors"], "weight_decay": 0.0}],
+                                             lr=lr, betas=(0.9, 0.95), fused=True)}
+    if hidden := groups["hidden"]:
         optimizers["muon"] = Muon([{"params": hidden, "lr_scale": 2.5}], {"lr": lr, "weight_decay": weight_decay})
     return optimizers
 
@@ -1182,10 +1144,9 @@ def update_ema(ema, module, decay, step):
 
 def wrap(module, config, machine):
     """Compile the transformer layers and distribute, as asked for."""
-    if config.compile:
-        for layer in module.modules():
-            if isinstance(layer, (Block, ARBlock)):
-                layer.compile()
+    for layer in module.modules():
+        if config.compile and isinstance(layer, (Block, ARBlock)):
+            layer.compile()
     return module if machine.world == 1 else DistributedDataParallel(module, find_unused_parameters=True)
 
 def count_parameters(module):
@@ -1198,26 +1159,30 @@ def fingerprint(module):
         digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-def write_whole(path, text):
-    """Write a text file so that nobody ever sees a part of it."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-def save_checkpoint(path, config, stage, step, about, parts):
-    """Write aside, then rename: at any moment there is a whole checkpoint at `path`. Raises Refused."""
-    state = {"format": 1, "stage": stage, "step": step, "config": asdict(config), "about": about}
-    state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
-    aside = path.with_suffix(".tmp")
+@contextlib.contextmanager
+def written_whole(path):
+    """A binary file to write to, that gets its name when it is whole: nobody ever sees a part. Raises Refused."""
+    aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:        # torch.save raises the latter when a disk is full
         aside.unlink(missing_ok=True)
-        raise Refused(f"{path} can't be written ({error}); the checkpoint before it, if any, is whole") from error
+        raise Refused(f"{path} can't be written ({error}); what was there before is whole") from error
+
+def write_text(path, text):
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+def save_checkpoint(path, config, stage, step, about, parts):
+    """All that sample.py and a resumed run need. Raises Refused."""
+    state = {"format": 1, "stage": stage, "step": step, "config": asdict(config), "about": about}
+    state |= {name: part.state_dict() for name, part in parts.items() if part is not None}
+    with written_whole(path) as file:
+        torch.save(state, file)
 
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
@@ -1229,16 +1194,14 @@ def load_checkpoint(path, stage):
         raise Refused(f"{path} is not a checkpoint ({type(error).__name__}): delete it and train again") from error
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("stage") != stage:
         raise Refused(f"{path} is not a checkpoint of the {stage} stage of this version of detailflow.py")
-    if unknown := set(state["config"]) - {f.name for f in fields(Config)}:
-        raise Refused(f"{path} has settings that this version of detailflow.py lacks: {', '.join(sorted(unknown))}")
+    unknown = set(state["config"]) - {f.name for f in fields(Config)}
+    require(not unknown, f"{path} must have settings that this version of detailflow.py knows", ", ".join(unknown))
     return state | {"config": Config(**state["config"])}
 
 def resume(path, config, stage, groups, about, parts):
     """Restore `parts` from the checkpoint at `path`, if there is one -> steps done. Raises Refused.
-
     Randomness being a function of seed and step (section 1), there is no other state. More steps may be asked for than
-    before; other settings, or other data (`about` tells), are refused.
-    """
+    before; other settings, or other data (`about` tells), are refused."""
     if not path.exists():
         return 0
     state = load_checkpoint(path, stage)
@@ -1260,6 +1223,37 @@ def load_model(path, stage, device="cpu", ema=True):
     model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
     return model.to(device).eval().requires_grad_(False), state["about"]
 
+def fill_file(path, record, machine, images, work):
+    """A memory-mapped array of records, made when it is missing: each process fills its share, and the file gets its
+    name when all is done. A killed job goes on with the records that are not marked as done, also with another number
+    of processes. record: fields of a numpy dtype; work(rows) yields (some of the rows, {field: values})."""
+    aside, record = path.with_suffix(".part"), np.dtype([("done", "?"), *record])
+    machine.barrier()
+    if not path.exists():
+        with machine.first():
+            if machine.rank == 0 and not aside.exists():
+                new = path.with_suffix(".new")
+                np.lib.format.open_memmap(new, "w+", record, (images,)).flush()
+                with open(new, "r+b") as file:      # take the room now: a disk that fills up later would kill us
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
+                os.replace(new, aside)
+        file = np.lib.format.open_memmap(aside, "r+")
+        todo = machine.share(np.arange(images))
+        todo = todo[~file["done"][todo]].tolist()
+        bar = tqdm(total=len(todo), desc=path.stem, unit="image", disable=True if machine.rank else None)
+        for rows, values in work(todo):
+            for name, value in values.items():
+                file[name][rows] = value
+            file.flush()                            # first the record, then the mark
+            file["done"][rows] = True
+            bar.update(len(rows))
+        file.flush()
+        machine.barrier()
+        if machine.rank == 0:
+            os.replace(aside, path)
+        machine.barrier()
+    return np.load(path, mmap_mode="r")
+
 class Progress:
     """Progress bar and OUT/log.jsonl. Sums stay on the device until a line is due: no step waits for a number."""
 
@@ -1271,7 +1265,7 @@ class Progress:
             lines = self.path.read_text().splitlines(keepends=True)
             records = [json.loads(line) for line in lines if line.endswith("\n")]      # a kill may tear the last line
             records = [r for r in records if r["stage"] != stage or r["step"] <= start]
-            write_whole(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
@@ -1300,7 +1294,7 @@ class Progress:
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
     out, device = Path(config.out), machine.device
-    train = open_data(config, machine, "train", crop=config.crop)
+    train = open_data(config, machine, "train", share=config.crop)
     val = open_data(config, machine, "val", classes=train.classes)
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
@@ -1361,8 +1355,8 @@ def train_tokenizer(config, machine):
         done = step + 1
         progress.step(done, lr, **values)
         if machine.rank == 0 and (done % config.save_every == 0 or done == config.tok_steps):
-            pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(device)
-            save_picture(reconstructions(ema or model, pixels), out / f"tokenizer_{done:07d}.png")
+            _, pixels = next(val.in_order(range(min(8, len(val))), 8))
+            save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
             save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
     machine.barrier()
 
@@ -1372,61 +1366,44 @@ def load_tokenizer(config, machine):
     """OUT/tokenizer.pt, if it is the one that the settings describe -> Tokenizer, about. Raises Refused."""
     path = Path(config.out) / "tokenizer.pt"
     tokenizer, about = load_model(path, "tokenizer", machine.device)
-    for f in fields(Config):
-        old, new = getattr(tokenizer.config, f.name), getattr(config, f.name)
-        if f.metadata["group"] == "tokenizer" and old != new:
-            raise Refused(f"{path} was trained with {f.name} {old}, the settings say {new}")
+    for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer"):
+        old, new = getattr(tokenizer.config, name), getattr(config, name)
+        require(old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
     return tokenizer, about | {"tokenizer": fingerprint(tokenizer)}
 
 def extract_codes(config, machine, tokenizer, about):
     """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
-
     One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
     times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
-    comes from what went into it, so that another tokenizer makes another file.
-    """
+    comes from what went into it, so that another tokenizer makes another file."""
     folder = config.data not in ("shapes", "cifar10")
     side, views = (int(1.1 * config.image_size), 10) if folder else (config.image_size, 2)
     images = open_data(config, machine, "train", side=side)
     made_of = json.dumps([about, config.data, side, config.seed, config.noise_topk, config.correction])
     path = Path(config.out) / f"codes-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
-    record = np.dtype([("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))])
-    aside = path.with_suffix(".tmp")
-    machine.barrier()
-    if not path.exists():
-        with machine.first():
-            if machine.rank == 0:
-                np.lib.format.open_memmap(aside, "w+", record, (len(images),)).flush()
-        file = np.lib.format.open_memmap(aside, "r+")
-        rows, batch = range(machine.rank, len(images), machine.world), max(1, config.eval_batch // views)
-        bar = tqdm(total=len(rows), desc="codes", unit="image", disable=True if machine.rank else None)
-        for chunk, pixels in images.in_order(rows, batch):
+
+    def work(todo):
+        for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
             x = to_float(pixels.to(machine.device))
             crops = TF.ten_crop(x, config.image_size) if folder else (x, x.flip(3))
             x = torch.stack(crops, dim=1).flatten(0, 1)                                     # (b * views, 3, R, R)
-            place = torch.tensor(chunk)[:, None] * views + torch.arange(views)
+            place = torch.tensor(rows)[:, None] * views + torch.arange(views)
             keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
             with machine.autocast():
                 triples = tokenizer.triples(x, keys).unflatten(0, (-1, views))              # (b, views, 3, N)
-            file["codes"][np.array(chunk)] = triples.cpu().numpy()
-            file["label"][np.array(chunk)] = images.labels[torch.tensor(chunk)].numpy()
-            bar.update(len(chunk))
-        file.flush()
-        machine.barrier()
-        if machine.rank == 0:
-            for old in set(path.parent.glob("codes-*")) - {aside}:      # of another tokenizer
-                old.unlink()
-            os.replace(aside, path)
-        machine.barrier()
+            yield rows, {"codes": triples.cpu().numpy(), "label": images.labels[rows].numpy()}
+
+    record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
+    codes = fill_file(path, record, machine, len(images), work)
+    for other in set(path.parent.glob("codes-*")) - {path} if machine.rank == 0 else ():
+        other.unlink()                                      # of another tokenizer
     machine.say(f"codes: {len(images)} images x {views} views in {path}")
-    return np.load(path, mmap_mode="r")
+    return codes
 
 def ar_batch(config, machine, codes, step):
     """This process's share of a step: labels (b,), codes to show (b, N), codes to predict (b, N), keys (b,).
-
     A random view of each image. With probability correction_share the sequence is one with a spoilt group: shown as it
-    was spoilt, to be predicted as it should be. So the transformer learns to go on well from its own errors.
-    """
+    was spoilt, to be predicted as it should be. So the transformer learns to go on well from its own errors."""
     rows, keys = batch_rows(config, machine, "ar", step, config.ar_batch, len(codes))
     records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
     view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
@@ -1486,9 +1463,8 @@ def save_picture(rows, path):
     zoom = max(1, 64 // rows.shape[-1])
     images = to_uint8(rows.flatten(0, 1)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).cpu()
     grid = torchvision.utils.make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
-    aside = path.with_suffix(".tmp")
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(aside, format="png")
-    os.replace(aside, path)
+    with written_whole(path) as file:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
 
 def strip_lengths(config, most=8):
     """About `most` prefix lengths from 1 to N, each about twice the one before."""
@@ -1515,6 +1491,19 @@ def samples(tokenizer, model, config, columns=8):
     codes = generate(model, labels, **sampling_settings(config), seeds=config.seed + torch.arange(len(labels)))
     return tokenizer.decode(codes).unflatten(0, (-1, columns))
 
+def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None):
+    """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
+    `label`. Image i has seed + i, so neither batch nor process matters."""
+    def work(todo):
+        for rows in (todo[i:i + config.eval_batch] for i in range(0, len(todo), config.eval_batch)):
+            settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(rows), "num_tokens": num_tokens}
+            with machine.autocast():
+                pixels = to_uint8(tokenizer.decode(generate(model, labels[rows], **settings)))
+            yield rows, {"image": pixels.permute(0, 2, 3, 1).cpu().numpy(), "label": labels[rows].numpy()}
+
+    side = decoder_size(config, num_tokens or config.num_tokens)
+    return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
+
 # == 16. Frechet Inception Distance ====================================================================================
 
 FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -1534,9 +1523,7 @@ def download(url, sha256, flag):
 
 def tf_resize(images, size=299):
     """TensorFlow 1's bilinear resize, which published FIDs are made with: (B, 3, H, W) float -> (B, 3, size, size).
-
-    Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge.
-    """
+    Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge."""
     def weights(length):                                                                    # (size, length)
         place = torch.arange(size, device=images.device, dtype=torch.float64) * length / size
         low = place.long()
@@ -1572,15 +1559,13 @@ class InceptionV3(nn.Module):
 
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pool features (B, 2048) and logits (B, 1008), float32. Raises Refused."""
-        if images.dtype != torch.uint8:
-            raise Refused(f"Inception wants uint8 images, as FID is defined on 8-bit pictures, got {images.dtype}")
+        require(images.dtype == torch.uint8, "Inception wants uint8: FID is defined on 8-bit pictures", images.dtype)
         with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
             features = self.net((tf_resize(images.float()) - 128) / 128)
             return features, self.fc(features)
 
 class Moments:
     """Sums over images, in float64 and over all processes, that make mean, covariance and Inception Score."""
-
     SPLIT = 5000                    # images to one Inception Score; the mean over splits is the result
 
     def __init__(self, machine, images):
@@ -1612,14 +1597,12 @@ class Moments:
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, float64. Raises Refused if sizes differ.
-
     tr (S1 S2)^(1/2) sums the roots of the eigenvalues of S1 S2. Those of the symmetric S1^(1/2) S2 S1^(1/2) are the
-    same, real and not negative, also where a matrix square root turns complex or wrong.
-    """
+    same, real and not negative, also where a matrix square root turns complex or wrong."""
     mu1, mu2 = (np.atleast_1d(np.asarray(m, np.float64)) for m in (mu1, mu2))
     sigma1, sigma2 = (np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
-    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
-        raise Refused(f"means {mu1.shape} {mu2.shape} and covariances {sigma1.shape} {sigma2.shape} do not fit")
+    shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
+    require(len(set(shapes)) == 1, "means and covariances must fit each other", shapes)
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
@@ -1682,28 +1665,17 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     """Reconstruction FID (validation images), generation FID and Inception Score, with all that defines them."""
     def moments(count, batches):
         total = Moments(machine, count)
-        bar = tqdm(total=count // machine.world, leave=False, unit="image", disable=True if machine.rank else None)
-        for rows, pixels in batches:
+        for rows, pixels in tqdm(batches, desc="Inception", leave=False, disable=True if machine.rank else None):
             total.add(inception, rows, pixels.to(machine.device))
-            bar.update(len(rows))
         return total.finish(machine)
 
     def real(images):
-        return images.in_order(range(machine.rank, len(images), machine.world), config.eval_batch)
+        return images.in_order(machine.share(range(len(images))), config.eval_batch)
 
     def rebuilt(images):
         for rows, pixels in real(images):
             with machine.autocast():
                 yield rows, to_uint8(tokenizer.decode(tokenizer.encode(to_float(pixels.to(machine.device)))))
-
-    def drawn(count):               # balanced classes; image i has seed + i
-        mine = range(machine.rank, count, machine.world)
-        for rows in (mine[i:i + config.eval_batch] for i in range(0, len(mine), config.eval_batch)):
-            number = torch.tensor(rows)
-            with machine.autocast():
-                labels, seeds = number % config.num_classes, config.seed + number
-                codes = generate(model, labels, **sampling_settings(config), seeds=seeds)
-                yield rows, to_uint8(tokenizer.decode(codes))
 
     for what, count in (("reconstruction FID", len(val)), ("generation FID", config.eval_samples)):
         if count < 2048:
@@ -1718,7 +1690,12 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     else:
         train = open_data(config, machine, "train")
         reference, whose = moments(len(train), real(train))[:2], f"{len(train)} training images of {config.data}"
-    mean, covariance, score = moments(config.eval_samples, drawn(config.eval_samples))
+    settings, models = sampling_settings(config), [fingerprint(tokenizer), fingerprint(model)]
+    made_of = json.dumps([models, settings, config.seed, config.eval_samples, str(machine.dtype)])
+    path = Path(config.out) / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
+    drawn = draw_images(path, config, machine, tokenizer, model, torch.arange(config.eval_samples) % config.num_classes)
+    pixels = Images(drawn["label"], [], torch.from_numpy(drawn["image"]).permute(0, 3, 1, 2))
+    mean, covariance, score = moments(len(drawn), real(pixels))
     sha256 = hashlib.sha256(Path(config.inception).read_bytes()).hexdigest()
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
             "generation_fid": round(frechet_distance(mean, covariance, *reference), 4),
@@ -1727,7 +1704,7 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
                          "reconstruction_reference": f"{len(val)} validation images", "generation_reference": whose,
                          "samples": config.eval_samples, "classes": "balanced", "seeds": f"{config.seed} + i",
                          "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
-                         **sampling_settings(config)}}
+                         "models": models, **settings}}
 
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt -> OUT/results.json and pictures. Raises Refused."""
@@ -1747,8 +1724,8 @@ def evaluate(config, machine):
         machine.say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
                     f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
-        pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
-        save_picture(reconstructions(tokenizer, pixels), out / "reconstructions.png")
+        _, pixels = next(val.in_order(range(min(8, len(val))), 8))
+        save_picture(reconstructions(tokenizer, pixels.to(machine.device)), out / "reconstructions.png")
         save_picture(samples(tokenizer, model, config), out / "samples.png")
         seeds = torch.arange(8)
         codes = generate(model, seeds % config.num_classes, **sampling_settings(config), seeds=config.seed + seeds)
@@ -1767,7 +1744,7 @@ def evaluate(config, machine):
         results["fid"] = measure_fid(config, machine, tokenizer, model, inception, val)
         machine.say(json.dumps(results["fid"], indent=1))
     if machine.rank == 0:
-        write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 # == 18. Command line ==================================================================================================
 
@@ -1780,15 +1757,14 @@ def parse(argv):
     preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
     parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="detailflow.py [--preset NAME] [--stage NAME] [--SETTING VALUE ...]")
-    groups = {}
+    groups = {f.metadata["group"]: None for f in fields(Config)}
+    groups = {group: parser.add_argument_group(group) for group in groups}
     for f in fields(Config):
-        group = f.metadata["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
         default = preset.get(f.name, f.default)
         kind = {"type": f.type, "metavar": f.type.__name__}
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
         text = f.metadata["help"] + ("" if default == "" else f" [{default}]")
-        groups[group].add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **kind)
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **kind)
     values = vars(parser.parse_args(argv))
     stage, table, name = (values.pop(k) for k in ("stage", "table", "preset"))
     return Config(**values | {"out": values["out"] or f"runs/{name}"}), stage, table
@@ -1798,7 +1774,9 @@ def main(argv=None):
     try:
         config, stage, table = parse(sys.argv[1:] if argv is None else argv)
         if table:
-            print("tokens n   R(n)  decoded at (pixels)", *resolution_table(config), sep="\n")
+            print("tokens n   R(n)  decoded at (pixels)")
+            for n in prefix_lengths(config):
+                print(f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}")
             return 0
         machine = start_machine(config)
         if config.data not in ("shapes", "cifar10"):
@@ -1809,7 +1787,7 @@ def main(argv=None):
                 work(config, machine)
         return 0
     except (Refused, OSError) as error:     # OSError: a folder that can't be made, a disk that is full, ...
-        print(f"detailflow: {error}", file=sys.stderr)
+        print(f"detailflow: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ndetailflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -52,7 +52,7 @@ def rebuild(args, tokenizer, machine, out):
     """Write rebuilt.png: the picture from 1 ... N tokens, and itself."""
     try:
         with Image.open(args.image) as image:
-            picture = df.centre_crop(image.convert("RGB"), tokenizer.config.image_size)
+            picture = df.crop(image.convert("RGB"), tokenizer.config.image_size)
     except (OSError, ValueError) as error:
         raise df.Refused(f"--image {args.image} can't be read as a picture ({error})") from error
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(machine.device)

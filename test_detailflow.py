@@ -675,14 +675,14 @@ def test_folders_of_all_kinds_of_images_are_read(tmp_path, split):
     config = df.Config(**TINY | {"data": str(tmp_path)})
     train, val = df.open_data(config, CPU, "train"), df.open_data(config, CPU, "val")
     assert train.classes == ["cat", "dog"] and (len(train), len(val)) == ((24, 24) if split else (23, 1))
-    step, x, _ = next(df.training_batches(config, CPU, df.open_data(config, CPU, "train", crop=0.8), 5, 6))
+    step, x, _ = next(df.training_batches(config, CPU, df.open_data(config, CPU, "train", share=0.8), 5, 6))
     assert step == 5 and x.shape == (8, 3, 16, 16) and -1 <= x.min() < x.max() <= 1
 
 
 def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path):
     make_folder(tmp_path)
     config = df.Config(**TINY | {"data": str(tmp_path), "workers": 1})
-    data = df.open_data(config, CPU, "train", crop=0.8)
+    data = df.open_data(config, CPU, "train", share=0.8)
     whole = list(df.training_batches(config, CPU, data, 0, 5))
     rest = list(df.training_batches(config, CPU, data, 3, 5))
     assert all(torch.equal(a[1], b[1]) for a, b in zip(whole[3:], rest, strict=True))
@@ -693,7 +693,7 @@ def test_centre_crop_is_adms():
     image = Image.fromarray(rng.integers(0, 256, (150, 101, 3), dtype=np.uint8))
     half = image.resize((50, 75), Image.BOX)  # 101 >= 2 * 32: halved once; then 32 / 50
     small = np.array(half.resize((32, 48), Image.BICUBIC))
-    assert np.array_equal(np.array(df.centre_crop(image, 32)), small[8:40])
+    assert np.array_equal(np.array(df.crop(image, 32)), small[8:40])
 
 
 def test_two_ranks_see_the_batch_of_one_process(config):
