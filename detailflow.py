@@ -36,9 +36,15 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
+import pickle
+import re
 import sys
 import time
+import types
+import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -116,6 +122,9 @@ class Config:
     dtype: str = setting("run", "auto", "auto: bfloat16 on CUDA, else float32", one_of=("auto", "float32", "bfloat16"))
     compile: bool = setting("run", False, "torch.compile the transformer blocks")
     workers: int = setting("run", 4, "processes that decode image files")
+    weights: str = setting("run", "", "folder of published weights, downloaded into it when missing [torch's cache]")
+    tokenizer: str = setting("run", "", "a tokenizer to use, ours or the authors' folder [OUT/tokenizer.pt]")
+    ar: str = setting("run", "", "an AR transformer to measure, ours or the authors' folder [OUT/ar.pt]")
     log_every: int = setting("run", 100, "steps between two lines of the log", 1)
     save_every: int = setting("run", 500, "steps between two checkpoints, each with a picture", 1)
     optimizer: str = setting("training", "muon", "for the transformers' matrices", one_of=("muon", "adamw"))
@@ -150,9 +159,18 @@ class Config:
     coarse_prob: float = setting("tokenizer training", 0.2, "share of batches that decode a random prefix", high=1)
     correction: bool = setting("tokenizer training", True, "train self-correction")
     noise_topk: int = setting("tokenizer training", 50, "self-correction swaps a code for one of so many nearest", 1)
+    min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side that images are shrunk to")
+    dynamic_prob: float = setting("tokenizer training", 0.0, "dynamic resolution: share of batches shrunk", high=1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
     revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes; 0: never")
     init_std: float = setting("tokenizer training", 0.3, "scale at which learned queries and positions start")
+    enc_init: str = setting("tokenizer training", "random", "encoder starts from", one_of=("random", "siglip2"))
+    align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
+    align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1)
+    teacher_width: int = setting("tokenizer training", 1152, "first-token alignment: width of the teacher", 1)
+    perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
+    perceptual_ramp: int = setting("tokenizer training", 10000, "steps over which LPIPS gets its weight", 1)
+    disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
     ar_width: int = setting("AR transformer", 160, "width", 1)
@@ -212,7 +230,8 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "codebook_size": 8192, "enc_width": 1152, "enc_depth": 12, "enc_heads": 16, "enc_mlp": 4304,
     "dec_width": 768, "dec_depth": 12, "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256,
     "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0, "revive_every": 0, "init_std": 0.02, "optimizer": "adamw",
-    "disc_weight": 0.2, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
+    "enc_init": "siglip2", "align_weight": 1.0, "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2,
+    "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
     "ar_steps": 300 * EPOCH, "ar_batch": 256, "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999,
     "compile": True, "workers": 12, "save_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
 PRESETS = {
@@ -238,10 +257,8 @@ def prefix_lengths(config):
 
 def resolution(config, n):
     """R(n), the side in pixels that the first n tokens explain: R(1) = 1, ..., R(N) = R.
-
     R(n) = R - (R - 1) / (N - 1)^alpha * (N - n)^alpha, cut to an integer as in the authors' code. alpha > 1 rises
-    fast at first: few tokens buy the layout, most are spent on detail.
-    """
+    fast at first: few tokens buy the layout, most are spent on detail."""
     R, N = config.image_size, config.num_tokens
     slope = (R - 1) / (N - 1) ** config.alpha
     return min(max(int(R - slope * (N - n) ** config.alpha), 1), R)
@@ -259,18 +276,19 @@ def best_prefix(config):
             best[size] = n
     return best
 
+def resize(images, side):
+    """(B, 3, S, S) -> (B, 3, side, side): area-averaged down, or bicubic up."""
+    if side == images.shape[-1]:
+        return images
+    if side < images.shape[-1]:
+        return F.interpolate(images, (side, side), mode="area")
+    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False)
+
 def degrade(images, config, n):
     """The target for n tokens: (B, 3, R, R) in [-1, 1] -> (B, 3, S, S) with S = decoder_size(n).
-
     Area-averaged down to R(n), which removes what n tokens are not asked for, then bicubic up to what the decoder
-    paints. The first token's target is the mean colour, that of all N tokens the image itself.
-    """
-    low, size = resolution(config, n), decoder_size(config, n)
-    if low != images.shape[-1]:
-        images = F.interpolate(images, size=(low, low), mode="area")
-    if size != low:
-        images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
-    return images
+    paints. The first token's target is the mean colour, that of all N tokens the image itself."""
+    return resize(resize(images, resolution(config, n)), decoder_size(config, n))
 
 # == 4. The mask: bool, True = may attend; one rule for the encoder's queries and for the AR transformer ===============
 
@@ -430,6 +448,7 @@ class TokenizerOutput(NamedTuple):
     code_loss: torch.Tensor # scalar: codebook and commitment loss
     codes: torch.Tensor     # (B, N) clean codes
     latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
+    guess: torch.Tensor     # (B, teacher_width) what the first token says of the image, for alignment; or None
 
 class Tokenizer(nn.Module):
     """Image <-> N codes, coarse to fine: the first n codes decode to the image at resolution R(n)."""
@@ -451,6 +470,9 @@ class Tokenizer(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
         self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid, std)
         self.to_pixels = nn.Linear(E, 3 * config.dec_patch_size**2)
+        if config.align_weight:             # what SigLIP 2 sees in the image, guessed from the first token
+            A, T = config.align_width, config.teacher_width
+            self.align_head = nn.Sequential(nn.Linear(C, A), nn.SiLU(), nn.Linear(A, A), nn.SiLU(), nn.Linear(A, T))
         mask = group_causal_mask(N, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
 
@@ -476,9 +498,9 @@ class Tokenizer(nn.Module):
             x, _ = block(x, keys_values, mask)
         return self.to_code(self.encoder.norm(x))
 
-    def quantize(self, past):
-        """The clean pass: N learned queries -> Quantized."""
-        return self.quantizer(self.encode_queries(self.queries.expand(past[0][0].shape[0], -1, -1), past))
+    def quantize(self, past, count=None):
+        """The clean pass: all learned queries, or the first `count` -> Quantized."""
+        return self.quantizer(self.encode_queries(self.queries[:, :count].expand(len(past[0][0]), -1, -1), past))
 
     # -- Self-correction --
 
@@ -496,7 +518,7 @@ class Tokenizer(nn.Module):
             codes      a0  a1  x2  x3  b4  b5  b6  b7      what a sampler may have drawn so far ...
             labels     a0  a1  a2  a3  b4  b5  b6  b7      ... and what it should have drawn, or should draw now
         """
-        c, G, N = self.config.causal_num, self.config.group_size, self.config.num_tokens
+        c, G, N = self.config.causal_num, self.config.group_size, clean.codes.shape[1]
         position, start = torch.arange(N, device=start.device)[None], start[:, None]            # (1, N), (B, 1)
         end = start + torch.where(start < c, 1, G)
         noisy, redone = (position >= start) & (position < end), position >= end                 # (B, N) each
@@ -508,7 +530,7 @@ class Tokenizer(nn.Module):
 
         given = self.quantizer.lookup(codes).detach()                                           # (B, N, C), no gradient
         again = self.quantizer(self.encode_queries(
-            torch.where(redone[..., None], self.retry_queries, self.from_code(given)), past))
+            torch.where(redone[..., None], self.retry_queries[:, :N], self.from_code(given)), past))
         return Correction(vectors=torch.where(redone[..., None], again.vectors, given),
                           codes=torch.where(redone, again.codes, codes),
                           labels=torch.where(redone, again.codes, clean.codes),
@@ -527,19 +549,20 @@ class Tokenizer(nn.Module):
 
     # -- What the rest of the program calls --
 
-    def forward(self, images, prefix, start=None, ranks=None):
-        """A training pass: the first `prefix` tokens of each image decoded; with `start`, also self-corrected."""
+    def forward(self, images, prefix, start=None, ranks=None, count=None):
+        """A training pass: the first `prefix` of N [count] tokens decoded; with `start`, also self-corrected."""
         past = self.encode_patches(images)
-        clean = self.quantize(past)
+        clean = self.quantize(past, count)
         vectors, code_loss = clean.vectors, clean.error.mean()
         if start is not None:
             fixed = self.correct(past, clean, start, ranks)
             vectors = torch.cat([vectors, fixed.vectors])                                       # (2B, N, C)
             # The mean over all tokens that were encoded: N in the first pass, those after the noise in the second.
-            tokens = self.config.num_tokens + fixed.redone.sum(1)
+            tokens = clean.codes.shape[1] + fixed.redone.sum(1)
             code_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
         pixels = self.decode_vectors(vectors[:, :prefix], decoder_size(self.config, prefix))
-        return TokenizerOutput(pixels, code_loss, clean.codes, clean.latents.detach())
+        guess = self.align_head(clean.vectors[:, 0]) if self.config.align_weight else None
+        return TokenizerOutput(pixels, code_loss, clean.codes, clean.latents.detach(), guess)
 
     @torch.no_grad()
     def encode(self, images):
@@ -574,11 +597,18 @@ class Tokenizer(nn.Module):
         return torch.stack([clean.codes, fixed.codes, fixed.labels], dim=1)
 
 def draw_prefix(config, key):
-    """How many tokens a batch decodes, from a key (1,): N or, with probability coarse_prob, fewer."""
-    N, G, c = config.num_tokens, config.group_size, config.causal_num
-    coarse, where = uniform(key, 2)[0].tolist()
-    n = 1 + int(where * (N - G)) if coarse < config.coarse_prob else N                          # 1..N-G, or N
-    return n if n <= c else math.ceil(n / G) * G
+    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
+    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
+    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
+    G, c, side, count = config.group_size, config.causal_num, config.image_size, config.num_tokens
+    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
+    if dynamic < config.dynamic_prob:
+        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= c + G}
+        wanted = config.min_size + small * (side - config.min_size)
+        side = min(sizes, key=lambda size: abs(size - wanted))
+        count = sizes[side]
+    n = 1 + int(where * (count - G)) if coarse < config.coarse_prob else count                  # 1..count-G, or all
+    return side, count, n if n <= c else math.ceil(n / G) * G
 
 def draw_noise(config, keys, prefix):
     """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
@@ -592,12 +622,42 @@ def draw_noise(config, keys, prefix):
     start = (u[:, 0] * span).long()
     return torch.where(start < c, start, start // G * G), (u[:, 1:] * config.noise_topk).long()
 
-# == 8. Adversarial loss of the small presets (optional) ===============================================================
+# == 8. Adversarial loss (optional): what decoded images lack, a discriminator learns to see ===========================
 
-class PatchDiscriminator(nn.Module):
-    """A small convolutional judge of neighbourhoods of 16 x 16 pixels: real or decoded?"""
-
+class Discriminator(nn.Module):
+    """Real or decoded? What discriminators share; they differ in score(images, key) and in how they augment."""
     LECAM, DECAY = 0.001, 0.999
+    consistency = 0.0           # weight of the demand that strong augmentation does not change a score
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("anchors", torch.zeros(2))     # running means of real and fake scores
+
+    def augment(self, images, key, weak):
+        return images
+
+    def judge(self, images, key, weak=True):
+        """Scores in float32 of images (B, 3, S, S), augmented by a key (1,)."""
+        return self.score(self.augment(images, fold(key, 0), weak), fold(key, 1)).float()
+
+    def forward(self, real, fake, key):
+        """Scores of real and fake images weakly augmented and, where consistency is wanted, strongly."""
+        views = [(real, 0, True), (fake, 1, True), (real, 2, False), (fake, 3, False)]
+        return [self.judge(x, fold(key, i), weak) for x, i, weak in views if weak or self.consistency]
+
+    def loss(self, scores, weight, machine):
+        """Hinge, plus LeCam: real scores are kept from running far above the usual fake one, and vice versa. The
+        authors weight both by disc_weight as they do the decoder's part, but not the consistency."""
+        real, fake, *strong = scores
+        means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
+        self.anchors.lerp_(means, 1 - self.DECAY)
+        hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        lecam = F.relu(real - self.anchors[1]).square().mean() + F.relu(self.anchors[0] - fake).square().mean()
+        same = F.mse_loss(torch.cat([real, fake]), torch.cat(strong)) if strong else 0
+        return weight * (hinge + self.LECAM * lecam) + self.consistency * same
+
+class PatchDiscriminator(Discriminator):
+    """Of the small presets: a small convolutional judge of neighbourhoods of 16 x 16 pixels."""
 
     def __init__(self, image_size, width=64):
         super().__init__()
@@ -607,21 +667,12 @@ class PatchDiscriminator(nn.Module):
                                  norm(nn.Conv2d(width, 2 * width, 4, 2, 1)), act,
                                  norm(nn.Conv2d(2 * width, 4 * width, 3, 1, 1)), act,
                                  norm(nn.Conv2d(4 * width, 1, 3, 1, 1)))
-        self.register_buffer("anchors", torch.zeros(2))     # running means of real and fake scores
 
-    def forward(self, images):
+    def score(self, images, key):
         """(B, 3, S, S) in [-1, 1] -> scores (B, 1, s, s). What short prefixes decode to is enlarged first."""
         if images.shape[-1] < self.image_size:
             images = F.interpolate(images, (self.image_size,) * 2, mode="bilinear", align_corners=False)
         return self.net(images)
-
-    def loss(self, real, fake, machine):
-        """Hinge, plus LeCam: real scores are kept from running far above the usual fake one, and vice versa."""
-        means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
-        self.anchors.lerp_(means, 1 - self.DECAY)
-        hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-        return hinge + self.LECAM * (F.relu(real - self.anchors[1]).square().mean()
-                                     + F.relu(self.anchors[0] - fake).square().mean())
 
 # == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.4) =============
 
@@ -820,10 +871,403 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
         codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
 
-# == 11. Data ==========================================================================================================
+# == 11. Published weights: the authors' checkpoints, and the networks that training at the paper's scale leans on =====
+
+CACHE = Path(torch.hub.get_dir()) / "detailflow"    # downloads; the environment variable TORCH_HOME moves it
+INCEPTION, VGG, LPIPS_LINEAR = "pt_inception-2015-12-05-6726825d.pth", "vgg16-397923af.pth", "lpips-vgg.pth"
+DINO, SIGLIP = "dino_deitsmall16_pretrain.pth", "siglip2-so400m-patch16-naflex.safetensors"
+WEIGHTS = {     # file: (address, SHA-256, or None where nobody publishes one: then names and shapes are the check)
+    INCEPTION: ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION,
+                "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
+    VGG: ("https://download.pytorch.org/models/" + VGG,
+          "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+    LPIPS_LINEAR: ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
+                   "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/vgg.pth",
+                   "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    DINO: ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/" + DINO, None),
+    SIGLIP: ("https://huggingface.co/google/siglip2-so400m-patch16-naflex/resolve/main/model.safetensors", None)}
+
+def published(name, folder=""):
+    """Path of a published file in `folder` [CACHE], fetched when it is not there; it gets its name only when it is
+    whole and its hash is right. Raises Refused, which says where to put it by hand."""
+    (url, sha256), path = WEIGHTS[name], Path(folder or CACHE) / name
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise Refused(f"{url} can't be downloaded ({error}): put it at {path}, or name another folder that has it: "
+                          "--weights FOLDER") from error
+    return path
+
+# Each table turns our names into theirs, first to last: we know what a model needs, so what a file lacks, has too
+# much of or has in another shape can be named as it is called there. "*" stands for q, k and v, which we keep in one.
+
+SIGLIP_NAMES = [
+    (r"\bpatch_embed\.", "embeddings.patch_embedding."), (r"\bpositions$", "embeddings.position_embedding.weight"),
+    (r"\bblocks\.", "encoder.layers."), (r"\bnorm\.", "post_layernorm."), (r"\bnorm([12])\.", r"layer_norm\1."),
+    (r"\bqkv\.", "self_attn.*_proj."), (r"\bout\.", "self_attn.out_proj."), (r"\bfc([12])\.", r"mlp.fc\1.")]
+TOKENIZER_NAMES = [
+    (r"^(encoder|decoder)\.", r"\1.visual_model."), (r"^patch_embed\.", "encoder.visual_model.patch_embed."),
+    (r"^queries$", "encoder.latent_tokens"), (r"^retry_queries$", "encoder.refined_tokens"),
+    (r"^query_positions$", "encoder.latent_pos_embed"), (r"^code_positions$", "decoder.latent_pos_embed"),
+    (r"^mask_token$", "decoder.mask_token"), (r"^quantizer\.codebook$", "quantize.embedding.weight"),
+    (r"^to_code\.", "quant_conv."), (r"^from_code\.", "refine_conv."), (r"^code_embed\.", "post_quant_conv."),
+    (r"^to_pixels\.", "decoder.to_pixel.model."), (r"^align_head\.", "global_token_proj."), *SIGLIP_NAMES]
+AR_NAMES = [
+    (r"^class_embed\.", "cls_embedding.embedding_table."), (r"^code_embed\.", "tok_embeddings."),
+    (r"^specials$", "spe_tok_embeddings.special_embeddings.weight"), (r"^blocks\.", "layers."),
+    (r"\bqkv\.", "attention.wqkv."), (r"\bout\.", "attention.wo."), (r"\bw([123])\.", r"feed_forward.w\1."),
+    (r"\bnorm1\.", "attention_norm."), (r"\bnorm2\.", "ffn_norm.")]
+DINO_NAMES = [
+    (r"^patch_embed\.", "patch_embed.proj."), (r"^class_token$", "cls_token"), (r"^positions$", "pos_embed"),
+    (r"\bqkv\.", "attn.qkv."), (r"\bout\.", "attn.proj."), (r"\bfc([12])\.", r"mlp.fc\1.")]
+
+def translate(path, tensors, like, names):
+    """A state dict for us: like (our names, the right shapes) filled from tensors, which have their names.
+    Raises Refused, which names what is missing, misshapen or left over in the file at `path`."""
+    state, faults, unknown = {}, [], dict.fromkeys(tensors)
+    for name, wanted in like.items():
+        theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
+        theirs = [theirs.replace("*", letter) for letter in ("qkv" if "*" in theirs else "*")]
+        for other, part in zip(theirs, wanted.chunk(len(theirs)), strict=True):
+            unknown.pop(other, None)
+            if other not in tensors:
+                faults.append(f"{other} is missing")
+            elif tensors[other].shape != part.shape:
+                faults.append(f"{other} is {tuple(tensors[other].shape)}, not {tuple(part.shape)}")
+        if not faults:
+            state[name] = torch.cat([tensors[other] for other in theirs])
+    faults += [f"{other} is unknown" for other in unknown]
+    if faults:
+        raise Refused(f"{path} does not fit: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
+    return state
+
+class Inert:
+    """Stands for every class and function that a foreign file names: takes what unpickling may ask, does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def accept(self, *args, **kwargs):
+        """Construction, calls, state, items: all of them end here."""
+
+    __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = update = accept
+
+SAFE = {("collections", "OrderedDict"): OrderedDict, ("__builtin__", "set"): set, ("builtins", "set"): set,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter}
+
+class InertUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers only. Whatever else a pickle wants to make, or to run, is Inert."""
+
+    def find_class(self, module, name):
+        known = SAFE.get((module, name), Inert)             # a pickle may set attributes of what it is given here:
+        return known if isinstance(known, type) else lambda *args: known(*args)     # let that be no shared function
+
+def read_foreign(path):
+    """The dict in a torch.save file that weights_only=True refuses, without running a line of it. Raises Refused."""
+    inert = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
+                                  load=lambda file, **options: InertUnpickler(file, **options).load())
+    try:
+        archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("constants.pkl") for name in archive):
+            raise ValueError("TorchScript, which brings code of its own")
+        state = torch.load(path, "cpu", inert, weights_only=False, mmap=bool(archive))
+    except Exception as error:      # torn, foreign or hostile: torch raises half a dozen kinds
+        raise Refused(f"{path} can't be read ({type(error).__name__}: {str(error).split(chr(10))[0]})") from error
+    if not isinstance(state, dict):
+        raise Refused(f"{path} holds no dict of tensors")
+    return state
+
+def read_safetensors(path, prefix=""):
+    """The tensors of a safetensors file whose names begin with prefix, memory-mapped, by the rest of their names.
+    The format: the header's length in 8 bytes; the header, JSON; the data. Raises Refused."""
+    dtypes, tensors = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, {}
+    try:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)     # private: the file is never written to
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        if start + max(about["data_offsets"][1] for about in header.values()) != len(data):
+            raise ValueError("its length is not what its header says")
+        for name, about in header.items():
+            if name.startswith(prefix):
+                dtype, (begin, end) = dtypes[about["dtype"]], about["data_offsets"]
+                flat = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+                tensors[name.removeprefix(prefix)] = flat.view(about["shape"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise Refused(f"{path} is not a whole safetensors file ({type(error).__name__}: {error})") from error
+    return tensors
+
+# -- The authors' checkpoints --
+
+def tower_sizes(tensors, stem=""):
+    """Width, depth, MLP width and side of the position table of the SigLIP 2 tower whose names begin with stem."""
+    layers = [int(n) for n in re.findall(rf"(?m)^{re.escape(stem)}encoder\.layers\.(\d+)\.", "\n".join(tensors))]
+    return (len(tensors[f"{stem}post_layernorm.weight"]), 1 + max(layers, default=-1),
+            len(tensors[f"{stem}encoder.layers.0.mlp.fc1.bias"]),
+            math.isqrt(len(tensors[f"{stem}embeddings.position_embedding.weight"])))
+
+def official_config(about, alpha, tensors):
+    """Config of one of their models: from its config.json (about), and from its tensors what that does not say."""
+    for name, value in (("enc_type", "siglip2"), ("dec_type", "siglip2"), ("codebook_l2_norm", True),
+                        ("causal_encoder", True), ("causal_decoder", False), ("model_type", "c2i"),
+                        ("cls_token_num", 1), ("rope_base", 10000), ("norm_eps", 1e-5)):
+        if about.get(name, value) != value:
+            raise Refused(f"{name} {about[name]} in config.json: only {value} is known here")
+    shared = {"group_size": about["group_size"], "causal_num": about.get("causal_num") or -1}
+    if "vocab_size" in about:               # guidance: the scales of their evaluation
+        return Config(guidance={128: 1.45, 256: 1.5, 512: 1.32}.get(about["block_size"], 1.5),
+                      num_tokens=about["block_size"], codebook_size=about["vocab_size"],
+                      noise_topk=min(50, about["vocab_size"]), num_classes=about["num_classes"],
+                      ar_width=about["dim"], ar_depth=about["n_layer"], ar_heads=about["n_head"],
+                      ar_mlp=len(tensors["layers.0.feed_forward.w1.weight"]), **shared)
+    for side, ours in (("encoder", "enc"), ("decoder", "dec")):
+        width, depth, mlp, grid = tower_sizes(tensors, f"{side}.visual_model.")
+        heads = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(width)        # no tensor shows them
+        if not heads:
+            raise Refused(f"config.json must give {side}_heads, as the {side} is {width} wide")
+        shared |= {f"{ours}_width": width, f"{ours}_depth": depth, f"{ours}_heads": heads, f"{ours}_mlp": mlp,
+                   f"{ours}_grid": grid}
+    if "global_token_proj.4.weight" in tensors:
+        teacher, width = tensors["global_token_proj.4.weight"].shape
+        shared |= {"align_weight": about.get("global_token_loss_weight") or 1.0, "align_width": width,
+                   "teacher_width": teacher}
+    V, C = tensors["quantize.embedding.weight"].shape
+    return Config(image_size=about.get("max_image_size") or about["image_size"], patch_size=about["enc_patch_size"],
+                  dec_patch_size=about["dec_patch_size"], codebook_size=V, noise_topk=min(50, V), alpha=alpha,
+                  num_tokens=tensors["encoder.latent_tokens"].shape[1], code_dim=C,
+                  commit_weight=about.get("commit_loss_beta", 0.25),
+                  correction="refine_conv.weight" in tensors, **shared)
+
+def load_official(path):
+    """The authors' Tokenizer or ARTransformer: path is their folder, which holds config.json, config.yaml and
+    checkpoints/STEPS.pt (the latest is taken), or one of these files. Raises Refused."""
+    path = Path(path)
+    found = list(path.glob("checkpoints/*.pt")) if path.is_dir() else [path]
+    if not found:
+        raise Refused(f"{path} holds no checkpoints/*.pt")
+    path = max(found, key=lambda file: [int(n) for n in re.findall(r"\d+", file.stem)][-1:])
+    checkpoint, folder = read_foreign(path), path.absolute().parent.parent
+    try:
+        about, yaml = json.loads((folder / "config.json").read_text()), folder / "config.yaml"
+        alpha = re.search(r"(?m)^\s*degradation_power:\s*(\S+)", yaml.read_text() if yaml.exists() else "")
+        is_tokenizer = "vocab_size" not in about
+        entries = ("model", "ema") if is_tokenizer else ("ema", "model")     # what their evaluation takes
+        tensors = next((checkpoint[e] for e in (*entries, "module", "state_dict") if checkpoint.get(e)), checkpoint)
+        tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in tensors.items()
+                   if not name.startswith("repa_model.") and not name.endswith("codebook_used")}
+        config = official_config(about, float(alpha[1]) if alpha else 1.5, tensors)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = error if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+        raise Refused(f"{path} or its config.json does not fit: {reason}") from error
+    model = Tokenizer(config) if is_tokenizer else ARTransformer(config)
+    ours = model.state_dict()                               # of this they lack:
+    like = {name: tensor for name, tensor in ours.items() if name != "quantizer.counts"
+            and (config.correction or not name.startswith("from_code."))}
+    model.load_state_dict(ours | translate(path, tensors, like, TOKENIZER_NAMES if is_tokenizer else AR_NAMES))
+    return model.eval().requires_grad_(False)
+
+# -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.3) --
+
+def siglip_layers(path, layers):
+    """The first layers of SigLIP 2's vision tower, from its model.safetensors: the state dict of a ViT and the
+    patch_embed.* that goes with it. Its last norm is kept, as the authors do. Raises Refused."""
+    tensors = {name: tensor for name, tensor in read_safetensors(path, "vision_model.").items()
+               if int((re.findall(r"^encoder\.layers\.(\d+)", name) or [0])[0]) < layers and name[:5] != "head."}
+    try:
+        width, _, mlp, grid = tower_sizes(tensors)
+        inputs = tensors["embeddings.patch_embedding.weight"].shape[-1]
+    except KeyError as error:
+        raise Refused(f"{path} does not fit: {error} is missing") from error
+    with torch.device("meta"):          # only names and shapes are wanted
+        tower = nn.ModuleDict({"vit": ViT(width, layers, 1, mlp, grid, 0.0), "patch_embed": nn.Linear(inputs, width)})
+    like = {name.removeprefix("vit."): tensor for name, tensor in tower.state_dict().items()}
+    return translate(path, tensors, like, SIGLIP_NAMES)
+
+class Teacher(ViT):
+    """What the first token is aligned with: the frozen SigLIP 2 tower's mean feature of an image."""
+
+    def __init__(self, state, heads=16):
+        """state: from siglip_layers, whose tensors tell all sizes but the number of heads."""
+        width, inputs = state["patch_embed.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        super().__init__(width, depth, heads, len(state["blocks.0.fc1.bias"]), math.isqrt(len(state["positions"])), 0.0)
+        self.patch_embed = nn.Linear(inputs, width)
+        self.patch_size = math.isqrt(inputs // 3)
+        self.load_state_dict(state)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, D) of unit length."""
+        p = self.patch_size
+        x = self.patch_embed(patchify(images, p)) + self.position_grid(images.shape[2] // p, images.shape[3] // p)
+        for block in self.blocks:
+            x, _ = block(x)                                                                     # (B, P, D)
+        return F.normalize(self.norm(self.norm(x)).mean(1), dim=-1)     # twice: so the published models were trained
+
+def alignment_loss(predicted, teacher):
+    """Minus the mean cosine of align_head(first token) (B, D) and the teacher's unit vectors (B, D)."""
+    return -(F.normalize(predicted.float(), dim=-1) * teacher).sum(-1).mean()
+
+# -- LPIPS: the perceptual loss --
+
+class LPIPS(nn.Module):
+    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924)."""
+
+    CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)       # stages end at relu1_2, 2_2, 3_3, 4_3, 5_3
+
+    def __init__(self, vgg, linear):
+        """Paths of torchvision's VGG16 and of LPIPS's own five weights of the channels."""
+        super().__init__()
+        with torch.device("meta"):
+            features = torchvision.models.vgg16().features
+        tensors = {name: tensor for name, tensor in read_foreign(vgg).items() if name.startswith("features.")}
+        state = translate(vgg, tensors, features.state_dict(), [("^", "features.")])
+        features.load_state_dict(state, assign=True)
+        self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
+        like = {f"lin{i}.model.1.weight": torch.empty(1, width, 1, 1) for i, width in enumerate(self.WIDTHS)}
+        self.weights = nn.ParameterList(translate(linear, read_foreign(linear), like, []).values())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.eval().requires_grad_(False)
+
+    def forward(self, a, b, keys=None):
+        """Images (B, 3, S, S) in [-1, 1] -> distances (B,). keys (B,): dropout before the weights, as the authors
+        train, by an oversight or not; None: none. What is too small for five stages is enlarged first."""
+        x = torch.cat([a, b])
+        if x.shape[-1] < 32:
+            x = F.interpolate(x, (32, 32), mode="bilinear", align_corners=False)
+        x, total = (x - self.shift) / self.scale, 0.0
+        for i, (stage, weight) in enumerate(zip(self.stages, self.weights, strict=True)):
+            x = stage(x)
+            fa, fb = F.normalize(x, dim=1, eps=1e-10).chunk(2)                                  # (B, C, s, s) each
+            difference = dropout((fa - fb).square(), 0.5, keys, i)
+            total = total + F.conv2d(difference, weight).float().mean((1, 2, 3))
+        return total
+
+# -- The paper's judge: DINO's features of augmented images --
+
+def diff_augment(images, key, weak):
+    """DiffAugment (arXiv 2006.10738): images (B, 3, S, S), key (1,) -> the same shape, differentiable.
+    Colour, translation by up to S/8 and cutout, drawn for each image. weak: each of the three with probability 1/2,
+    one draw for the batch, and a hole of 0.2 S; else all of them and a hole of 0.5 S."""
+    B, S = len(images), images.shape[-1]
+    use = uniform(key, 3)[0] < (0.5 if weak else 1.0)                                           # (3,) bool
+    numbers = torch.arange(B, device=images.device)
+    u = uniform(fold(fold(key, 0), numbers), 7).T[..., None, None, None]                        # (7, B, 1, 1, 1)
+
+    x = images + u[0] - 0.5                                                                     # brightness
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * u[1]                                                            # saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    images = torch.where(use[0], mean + (x - mean) * (u[2] + 0.5), images)                      # contrast
+
+    rows, columns = torch.arange(S, device=images.device)[:, None], torch.arange(S, device=images.device)
+    most = int(S / 8 + 0.5)
+    y, x = rows + (u[3] * (2 * most + 1)).long() - most, columns + (u[4] * (2 * most + 1)).long() - most
+    inside = (y >= 0) & (y < S) & (x >= 0) & (x < S)                                            # (B, 1, S, S)
+    moved = images.take_along_dim(y.clamp(0, S - 1), 2).take_along_dim(x.clamp(0, S - 1), 3) * inside
+    images = torch.where(use[1], moved, images)
+
+    side = int(S * (0.2 if weak else 0.5) + 0.5)
+    top, left = ((u[i] * (S + 1 - side % 2)).long() - side // 2 for i in (5, 6))                # may stick out
+    hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)    # (B, 1, S, S)
+    return torch.where(use[2], images * ~hole, images)
+
+def freeze(module):
+    """Make every parameter a buffer that state_dict leaves out: .to() moves it, nothing trains or saves it."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach(), persistent=False)
+    return module.eval()
+
+class Dino(nn.Module):
+    """ViT-S/16 trained by DINO (arXiv 2104.14294). Its MLPs get tanh-GELU, as the paper's judge has them; that one's
+    keys without bias are no difference, as softmax doesn't see such a bias."""
+
+    def __init__(self, path):
+        super().__init__()
+        D = 384
+        self.patch_embed = nn.Conv2d(3, D, 16, 16)
+        self.class_token, self.positions = nn.Parameter(torch.empty(1, 1, D)), nn.Parameter(torch.empty(1, 197, D))
+        self.blocks = nn.ModuleList(Block(D, 6, 4 * D) for _ in range(12))
+        tensors = {name: tensor for name, tensor in read_foreign(path).items() if not name.startswith("norm.")}
+        self.load_state_dict(translate(path, tensors, self.state_dict(), DINO_NAMES))
+
+    def forward(self, images):
+        """(B, 3, 224, 224) -> five features (B, 384, 196): of the input and of layers 3, 6, 9 and 12; each is a patch's
+        plus the class token's."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2).float()
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions     # (B, 197, 384)
+        features = [x]
+        for i, block in enumerate(self.blocks):
+            x, _ = block(x)
+            if i % 3 == 2:
+                features.append(x)
+        return [(x[:, 1:] + x[:, :1]).transpose(1, 2) for x in features]
+
+class DinoDiscriminator(Discriminator):
+    """The paper's: a frozen DINO looks, five small trained heads decide, patch by patch."""
+    SIDE, consistency = 224, 4.0
+
+    def __init__(self, path):
+        super().__init__()
+        self.dino = freeze(Dino(path))
+        norm, D = nn.utils.parametrizations.spectral_norm, 384
+        def layer(kernel):
+            conv = nn.Conv1d(D, D, kernel, padding=kernel // 2, padding_mode="circular")
+            return nn.Sequential(norm(conv), nn.BatchNorm1d(D, eps=1e-6), nn.LeakyReLU(0.2))
+        self.heads = nn.ModuleList(nn.ModuleList([layer(1), layer(9), norm(nn.Conv1d(D, 1, 1))]) for _ in range(5))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def augment(self, images, key, weak):
+        return diff_augment(images, key, weak)
+
+    def score(self, images, key):
+        """(B, 3, S, S) in [-1, 1], key (1,) -> scores (B, 5 * 196). Of images above 224 pixels it sees, with
+        probability 1/2, a crop of 224, the same for the batch; else all images are resized to 224."""
+        x, S, side = (images.float() / 2 + 0.5 - self.mean) / self.std, images.shape[-1], self.SIDE
+        resized = resize(x, side)
+        if S > side:
+            u = uniform(key, 3)[0]
+            rows, columns = ((u[i] * (S - side + 1)).long() + torch.arange(side, device=x.device) for i in (1, 2))
+            resized = torch.where(u[0] < 0.5, x.index_select(2, rows).index_select(3, columns), resized)
+        scores = []
+        for (first, second, last), feature in zip(self.heads, self.dino(resized), strict=True):
+            h = first(feature)                                                                  # (B, 384, 196)
+            scores.append(last((h + second(h)) * 0.5**0.5).flatten(1))
+        return torch.cat(scores, dim=1)
+
+def loss_networks(config, machine, model):
+    """LPIPS, teacher and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
+    def path(name):
+        with machine.first():
+            return published(name, config.weights)
+
+    perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device) if config.perceptual_weight else None
+    teacher = Teacher(siglip_layers(path(SIGLIP), 27)).to(machine.device) if config.align_weight else None
+    judge = None
+    if config.disc_weight:
+        judge = DinoDiscriminator(path(DINO)) if config.disc == "dino" else PatchDiscriminator(config.image_size)
+        judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge) if machine.device.type == "cuda" else judge
+        judge = judge.to(machine.device)
+    if config.enc_init == "siglip2":
+        start = siglip_layers(path(SIGLIP), config.enc_depth)
+        start = {name if name.startswith("patch_embed") else f"encoder.{name}": t for name, t in start.items()}
+        try:
+            model.load_state_dict(start, strict=False)
+        except RuntimeError as error:
+            raise Refused(f"the encoder can't start from {SIGLIP}: {str(error).splitlines()[1].strip()}") from None
+    return perceptual, teacher, judge
+
+# == 12. Data ==========================================================================================================
 
 Image.MAX_IMAGE_PIXELS = None                       # huge pictures are welcome
-CACHE = Path(torch.hub.get_dir()) / "detailflow"    # downloads; the environment variable TORCH_HOME moves it
 
 def to_float(pixels):
     """uint8 -> float32 in [-1, 1]."""
@@ -1020,7 +1464,7 @@ def training_batches(config, machine, data, start, stop):
             images = torch.where(uniform(keys, 1)[:, :, None, None] < 0.5, images.flip(3), images)
         yield step, images, keys
 
-# == 12. Training: what both stages share ==============================================================================
+# == 13. Training: what both stages share ==============================================================================
 
 class Machine(NamedTuple):
     """Where this process runs: one of `world` processes under torchrun, or the only one."""
@@ -1062,9 +1506,6 @@ class Machine(NamedTuple):
 def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("tok_batch", "ar_batch"):
-        parts, batch = world * config.accum, getattr(config, name)
-        require(batch % parts == 0, f"{name} must be a multiple of processes x accum = {parts}", batch)
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if cuda else "cpu") if config.device == "auto" else config.device)
@@ -1217,11 +1658,29 @@ def resume(path, config, stage, groups, about, parts):
     return state["step"]
 
 def load_model(path, stage, device="cpu", ema=True):
-    """Tokenizer or (stage "ar") ARTransformer from a checkpoint, its averaged weights if it has any -> model, about."""
+    """Tokenizer or (stage "ar") ARTransformer from a checkpoint, its averaged weights if it has any, or from a folder
+    of the authors' -> model, about. Raises Refused."""
+    kind = Tokenizer if stage == "tokenizer" else ARTransformer
+    if Path(path).is_dir():
+        model = load_official(path)
+        require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
+        return model.to(device), {}                 # their files name no classes
     state = load_checkpoint(Path(path), stage)
-    model = (Tokenizer if stage == "tokenizer" else ARTransformer)(state["config"])
+    model = kind(state["config"])
     model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
     return model.to(device).eval().requires_grad_(False), state["about"]
+
+def load_pair(tokenizer_path, ar_path, device, ema=True):
+    """A tokenizer and an AR transformer that fit each other -> both, and the names of the classes. Raises Refused."""
+    tokenizer, about = load_model(tokenizer_path, "tokenizer", device, ema)
+    model, made_with = load_model(ar_path, "ar", device, ema)
+    ours, theirs = ([getattr(m.config, name) for name in ("num_tokens", "group_size", "causal_num", "codebook_size")]
+                    for m in (tokenizer, model))
+    require(ours == theirs, f"{ar_path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
+    if ema and made_with.get("tokenizer") not in (None, fingerprint(tokenizer)):
+        raise Refused(f"{ar_path} was trained on codes of another tokenizer than {tokenizer_path}: delete it")
+    names = made_with.get("classes") or about.get("classes") or [str(i) for i in range(model.config.num_classes)]
+    return tokenizer, model, names
 
 def fill_file(path, record, machine, images, work):
     """A memory-mapped array of records, made when it is missing: each process fills its share, and the file gets its
@@ -1289,7 +1748,7 @@ class Progress:
             self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             self.sums, self.count, self.since = {}, 0, time.time()
 
-# == 13. Stage one: the tokenizer ======================================================================================
+# == 14. Stage one: the tokenizer ======================================================================================
 
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
@@ -1299,7 +1758,7 @@ def train_tokenizer(config, machine):
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
     model = Tokenizer(config).to(device)
-    judge = PatchDiscriminator(config.image_size).to(device) if config.disc_weight else None
+    perceptual, teacher, judge = loss_networks(config, machine, model)                      # None where not wanted
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = make_optimizers(model, config.optimizer, config.tok_lr)
     judge_optimizers = make_optimizers(judge, "adamw", config.tok_lr) if judge else {}
@@ -1317,19 +1776,28 @@ def train_tokenizer(config, machine):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = judge is not None and step >= config.disc_start
-        prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))           # all processes alike
+        side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
+        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device)
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         values, results = {}, []
         for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
+            part = resize(part, side)
             noise_start, ranks = draw_noise(config, part_keys, prefix)
-            target = degrade(part, config, prefix)                                          # (b, 3, S, S)
+            target = part if prefix == count else degrade(part, config, prefix)             # (b, 3, S, S)
             with machine.autocast():
-                tokens = distributed(part, prefix, noise_start, ranks)
-                target = target.repeat(len(tokens.pixels) // len(target), 1, 1, 1)          # both halves
+                tokens = distributed(part, prefix, noise_start, ranks, count)
+                halves = len(tokens.pixels) // len(target)                                  # clean and corrected
+                target = target.repeat(halves, 1, 1, 1)
                 losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
+                if perceptual:
+                    ramp = config.perceptual_weight * min(1, (step + 1) / config.perceptual_ramp)
+                    distance = perceptual(tokens.pixels, target, fold(part_keys, 1).repeat(halves))
+                    losses["perceptual_loss"] = ramp * distance.mean()
+                if teacher:
+                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, teacher(part))
                 if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge(tokens.pixels).float().mean()
+                    losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
             (sum(losses.values()) / config.accum).backward()
             model.quantizer.track(tokens.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
@@ -1346,8 +1814,8 @@ def train_tokenizer(config, machine):
             judge.zero_grad()                               # the tokenizer's step has left gradients in it
             for target, pixels, _ in results:
                 with machine.autocast():
-                    real, fake = distributed_judge(torch.cat([target, pixels])).float().chunk(2)
-                judge_loss = config.disc_weight * judge.loss(real, fake, machine)
+                    scores = distributed_judge(target, pixels, fold(judge_key, 1))
+                judge_loss = judge.loss(scores, config.disc_weight, machine)
                 (judge_loss / config.accum).backward()
                 values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
             update(judge, judge_optimizers, lr)
@@ -1360,15 +1828,17 @@ def train_tokenizer(config, machine):
             save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
     machine.barrier()
 
-# == 14. Stage two: the AR transformer, on codes that are extracted once ===============================================
+# == 15. Stage two: the AR transformer, on codes that are extracted once ===============================================
 
 def load_tokenizer(config, machine):
-    """OUT/tokenizer.pt, if it is the one that the settings describe -> Tokenizer, about. Raises Refused."""
-    path = Path(config.out) / "tokenizer.pt"
+    """OUT/tokenizer.pt, if it is the one that the settings describe; or the one that --tokenizer names, which then
+    makes the settings -> Tokenizer, about. Raises Refused."""
+    path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
     tokenizer, about = load_model(path, "tokenizer", machine.device)
-    for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer"):
+    for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
         old, new = getattr(tokenizer.config, name), getattr(config, name)
-        require(old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
+        require(config.tokenizer or old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
+        setattr(config, name, old)
     return tokenizer, about | {"tokenizer": fingerprint(tokenizer)}
 
 def extract_codes(config, machine, tokenizer, about):
@@ -1379,7 +1849,7 @@ def extract_codes(config, machine, tokenizer, about):
     folder = config.data not in ("shapes", "cifar10")
     side, views = (int(1.1 * config.image_size), 10) if folder else (config.image_size, 2)
     images = open_data(config, machine, "train", side=side)
-    made_of = json.dumps([about, config.data, side, config.seed, config.noise_topk, config.correction])
+    made_of = json.dumps([about, config.data, len(images), side, config.seed, config.noise_topk, config.correction])
     path = Path(config.out) / f"codes-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
 
     def work(todo):
@@ -1417,6 +1887,8 @@ def ar_batch(config, machine, codes, step):
 def train_ar(config, machine):
     """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
     out, (tokenizer, about) = Path(config.out), load_tokenizer(config, machine)
+    val = open_data(config, machine, "val", classes=about.get("classes"))
+    about = {"classes": val.classes} | about
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
@@ -1429,7 +1901,6 @@ def train_ar(config, machine):
     if start >= config.ar_steps:
         return
     codes = extract_codes(config, machine, tokenizer, about)
-    val = open_data(config, machine, "val", classes=about["classes"])
     held_out = encode_images(config, machine, tokenizer, val, 512)
     distributed = wrap(model, config, machine)
     progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
@@ -1456,7 +1927,7 @@ def train_ar(config, machine):
             save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
     machine.barrier()
 
-# == 15. Pictures ======================================================================================================
+# == 16. Pictures ======================================================================================================
 
 def save_picture(rows, path):
     """Rows of images (rows, columns, 3, S, S) in [-1, 1] as one PNG, small images enlarged."""
@@ -1501,25 +1972,10 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
                 pixels = to_uint8(tokenizer.decode(generate(model, labels[rows], **settings)))
             yield rows, {"image": pixels.permute(0, 2, 3, 1).cpu().numpy(), "label": labels[rows].numpy()}
 
-    side = decoder_size(config, num_tokens or config.num_tokens)
+    side = decoder_size(tokenizer.config, num_tokens or config.num_tokens)
     return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
 
-# == 16. Frechet Inception Distance ====================================================================================
-
-FID_WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-               "pt_inception-2015-12-05-6726825d.pth")
-FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-def download(url, sha256, flag):
-    """A file in CACHE, fetched on first use; it gets its name only when its hash is right. Raises Refused."""
-    path = CACHE / url.split("/")[-1]
-    if not path.exists():
-        try:
-            CACHE.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
-            raise Refused(f"{url} can't be downloaded ({error}): put it at {path}, or give {flag} FILE") from error
-    return path
+# == 17. Frechet Inception Distance ====================================================================================
 
 def tf_resize(images, size=299):
     """TensorFlow 1's bilinear resize, which published FIDs are made with: (B, 3, H, W) float -> (B, 3, size, size).
@@ -1536,14 +1992,14 @@ class InceptionV3(nn.Module):
     """The network of FID: torchvision's Inception v3 with the weights of 2015 and the pooling they came with."""
 
     def __init__(self, weights):
-        """weights: the published file, from FID_WEIGHTS. Raises Refused when it is another."""
+        """weights: the published file, WEIGHTS[INCEPTION]. Raises Refused when it is another."""
         super().__init__()
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
         try:
             self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as error:
             reason = str(error).splitlines()[0]
-            raise Refused(f"{weights} does not hold FID's Inception ({reason}): get {FID_WEIGHTS}") from error
+            raise Refused(f"{weights} does not hold FID's Inception ({reason}): get {WEIGHTS[INCEPTION][0]}") from error
         pool = {"kernel_size": 3, "stride": 1, "padding": 1}
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):       # averages leave the padding out
             self.replace_pool(self.net.get_submodule(f"Mixed_{name}"), nn.AvgPool2d(**pool, count_include_pad=False))
@@ -1608,7 +2064,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
-# == 17. Evaluation ====================================================================================================
+# == 18. Evaluation ====================================================================================================
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB, each image by itself, of 8-bit roundings: (B, 3, S, S) twice -> (B,)."""
@@ -1694,8 +2150,10 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     made_of = json.dumps([models, settings, config.seed, config.eval_samples, str(machine.dtype)])
     path = Path(config.out) / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
     drawn = draw_images(path, config, machine, tokenizer, model, torch.arange(config.eval_samples) % config.num_classes)
-    pixels = Images(drawn["label"], [], torch.from_numpy(drawn["image"]).permute(0, 3, 1, 2))
-    mean, covariance, score = moments(len(drawn), real(pixels))
+    mine = machine.share(range(len(drawn)))
+    chunks = (list(mine[i:i + config.eval_batch]) for i in range(0, len(mine), config.eval_batch))
+    generated = ((rows, torch.tensor(drawn["image"][rows]).permute(0, 3, 1, 2)) for rows in chunks)
+    mean, covariance, score = moments(len(drawn), generated)
     sha256 = hashlib.sha256(Path(config.inception).read_bytes()).hexdigest()
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
             "generation_fid": round(frechet_distance(mean, covariance, *reference), 4),
@@ -1707,12 +2165,12 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
                          "models": models, **settings}}
 
 def evaluate(config, machine):
-    """Measure OUT/tokenizer.pt and OUT/ar.pt -> OUT/results.json and pictures. Raises Refused."""
-    out, (tokenizer, about) = Path(config.out), load_tokenizer(config, machine)
-    model, ar_about = load_model(out / "ar.pt", "ar", machine.device)
-    if ar_about["tokenizer"] != about["tokenizer"]:
-        raise Refused(f"{out}/ar.pt was trained on codes of another tokenizer than {out}/tokenizer.pt: delete it")
-    val = open_data(config, machine, "val", classes=about["classes"])
+    """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
+    out, (_, about) = Path(config.out), load_tokenizer(config, machine)
+    paths = config.tokenizer or out / "tokenizer.pt", config.ar or out / "ar.pt"
+    tokenizer, model, _ = load_pair(*paths, machine.device)
+    config.num_classes = model.config.num_classes
+    val = open_data(config, machine, "val", classes=about.get("classes"))
     results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
     found = results["tokenizer"] = measure_tokenizer(config, machine, tokenizer, val)
     loss, G = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)), config.group_size
@@ -1736,7 +2194,7 @@ def evaluate(config, machine):
             raise Refused("it takes Inception's weights: --inception auto downloads them, --inception FILE reads them")
         if config.inception == "auto":
             with machine.first():
-                config.inception = str(download(FID_WEIGHTS, FID_SHA256, "--inception"))
+                config.inception = str(published(INCEPTION, config.weights))
         inception = InceptionV3(config.inception).to(machine.device)
     except Refused as reason:
         machine.say(f"FID: not measured: {reason}")
@@ -1746,7 +2204,7 @@ def evaluate(config, machine):
     if machine.rank == 0:
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
 
-# == 18. Command line ==================================================================================================
+# == 19. Command line ==================================================================================================
 
 def parse(argv):
     """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes the defaults."""
@@ -1779,6 +2237,9 @@ def main(argv=None):
                 print(f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}")
             return 0
         machine = start_machine(config)
+        for batch in ("tok_batch", "ar_batch"):
+            parts, size = machine.world * config.accum, getattr(config, batch)
+            require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
         if config.data not in ("shapes", "cifar10"):
             config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
         Path(config.out).mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,13 @@
     python sample.py --run runs/cifar10 --classes cat 5   classes by name or number
     python sample.py --image photo.jpg                    your picture from 1 ... N tokens -> rebuilt.png
     python sample.py --num 1000 --npz out.npz             balanced classes: arr_0 uint8 (1000, R, R, 3), arr_1 labels
+    python sample.py --tokenizer FOLDER --ar FOLDER       the authors' published models, downloaded to two folders
+    torchrun --nproc-per-node 8 sample.py --run runs/imagenet-16 --num 50000 --npz out.npz     all GPUs, restartable
 """
 import argparse
 import dataclasses
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -23,7 +27,9 @@ SETTINGS = ("device", "dtype", "guidance", "schedule", "temperature", "top_k", "
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/shapes", help="folder with tokenizer.pt and ar.pt [runs/shapes]")
-    parser.add_argument("--out", help="folder for the pictures [the run's folder]")
+    parser.add_argument("--tokenizer", help="another tokenizer: a checkpoint or the authors' folder")
+    parser.add_argument("--ar", help="another AR transformer: a checkpoint or the authors' folder")
+    parser.add_argument("--out", help="folder for the pictures [the run's folder; samples for the authors']")
     parser.add_argument("--classes", nargs="+", help="names or numbers [all, balanced]")
     parser.add_argument("--num", type=int, help="images in all [8 a class, of at most 10 classes]")
     parser.add_argument("--tokens", type=int, help="stop after so many tokens: a smaller picture, sooner [N]")
@@ -31,6 +37,7 @@ def parse(argv):
     parser.add_argument("--npz", help="write the images there instead of pictures")
     parser.add_argument("--seed", type=int, default=0, help="image i has seed + i, whatever the batch [0]")
     parser.add_argument("--batch", type=int, default=100, help="images at once [100]")
+    parser.add_argument("--random-classes", action="store_true", help="as the authors' evaluation does")
     parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     for name in SETTINGS:
         field = df.Config.__dataclass_fields__[name]
@@ -62,27 +69,38 @@ def rebuild(args, tokenizer, machine, out):
 
 def draw(args, tokenizer, model, machine, names, out):
     """Write samples.png and coarse_to_fine.png, or the npz."""
-    config = model.config
     classes = class_numbers(args.classes, names) if args.classes else list(range(len(names)))
-    if args.num is None and not args.npz:
-        classes = classes[:10] if not args.classes else classes
+    if args.num is None and not args.npz and not args.classes:
+        classes = classes[:10]
     count = args.num if args.num is not None else 8 * len(classes)
-    if count < 1 or args.batch < 1:
-        raise df.Refused(f"--num and --batch must be at least 1, got {count} and {args.batch}")
-    labels, numbers = torch.tensor([classes[i % len(classes)] for i in range(count)]), torch.arange(count)
-    images, codes, since = [], [], time.time()
-    for y, i in zip(labels.split(args.batch), numbers.split(args.batch), strict=True):
+    df.require(count >= 1 and args.batch >= 1, "--num and --batch must be at least 1", f"{count} and {args.batch}")
+    turn = torch.arange(count) % len(classes)
+    if args.random_classes:
+        u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
+        turn = (u * len(classes)).long()
+    labels, since = torch.tensor(classes)[turn], time.time()
+    config = dataclasses.replace(model.config, seed=args.seed, eval_batch=args.batch)
+    if args.npz:
+        request = [vars(args), df.fingerprint(tokenizer), df.fingerprint(model)]
+        digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
+        path = Path(args.npz).with_suffix(f".{digest}.npy")     # goes on where a killed run was
+        drawn = df.draw_images(path, config, machine, tokenizer, model, labels, args.tokens)
+        if machine.rank == 0:
+            with df.written_whole(Path(args.npz)) as file:
+                np.savez(file, arr_0=drawn["image"], arr_1=drawn["label"].astype(np.int64))
+            path.unlink()
+        seconds = time.time() - since
+        machine.say(f"{args.npz}: arr_0 {drawn['image'].shape} uint8, arr_1 {count} labels, {seconds:.0f} s")
+        return
+    images, codes = [], []
+    for rows in torch.arange(count).split(args.batch):
         with machine.autocast():
-            settings = df.sampling_settings(config) | {"seeds": args.seed + i, "num_tokens": args.tokens}
-            codes.append(df.generate(model, y, **settings))
+            settings = df.sampling_settings(config) | {"seeds": args.seed + rows, "num_tokens": args.tokens}
+            codes.append(df.generate(model, labels[rows], **settings))
             images.append(df.to_uint8(tokenizer.decode(codes[-1])).cpu())
     images, seconds = torch.cat(images), time.time() - since
     passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
     print(f"{count} images of {images.shape[-1]} px in {seconds:.1f} s, {passes} passes each batch")
-    if args.npz:
-        np.savez(args.npz, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-        print(f"{args.npz}: arr_0 {tuple(images.permute(0, 2, 3, 1).shape)} uint8, arr_1 {count} labels")
-        return
     order, columns = labels.argsort(stable=True), max(1, count // len(classes))
     grid = df.to_float(images[order][:count // columns * columns]).unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
@@ -96,22 +114,25 @@ def main(argv=None):
     args = parse(argv)
     try:
         run = Path(args.run)
-        tokenizer, about = df.load_model(run / "tokenizer.pt", "tokenizer", ema=not args.no_ema)
+        paths = args.tokenizer or run / "tokenizer.pt", args.ar or run / "ar.pt"
         given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
-        machine = df.start_machine(dataclasses.replace(tokenizer.config, **given))
-        tokenizer.to(machine.device)
-        out = Path(args.out or run)
+        machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
+        out = Path(args.out or ("samples" if args.tokenizer else run))
         out.mkdir(parents=True, exist_ok=True)
         if args.image:
+            tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
             rebuild(args, tokenizer, machine, out)
             return 0
-        model, _ = df.load_model(run / "ar.pt", "ar", machine.device, ema=not args.no_ema)
+        tokenizer, model, names = df.load_pair(*paths, machine.device, ema=not args.no_ema)
         model.config = dataclasses.replace(model.config, **given)
-        draw(args, tokenizer, model, machine, about["classes"], out)
+        draw(args, tokenizer, model, machine, names, out)
         return 0
     except (df.Refused, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
