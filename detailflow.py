@@ -31,6 +31,7 @@ averaged weights warm up; small presets train with Muon, revive unused codes and
 import argparse
 import contextlib
 import copy
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -40,6 +41,7 @@ import mmap
 import os
 import pickle
 import re
+import signal
 import sys
 import time
 import types
@@ -426,7 +428,7 @@ class Quantizer(nn.Module):
         everyone[machine.rank] = latents
         everyone = machine.total(everyone).flatten(0, -2)                                       # (all latents, C)
         chosen = everyone[(uniform(key, len(self.counts))[0] * len(everyone)).long()]           # (V, C)
-        dead = self.counts < 0.03 * self.counts.mean()
+        dead = (self.counts < 0.03 * self.counts.mean()) & chosen.isfinite().all(-1)
         self.codebook.copy_(torch.where(dead[:, None], chosen, self.codebook))
 
     def usage(self):
@@ -650,7 +652,7 @@ class Discriminator(nn.Module):
         authors weight both by disc_weight as they do the decoder's part, but not the consistency."""
         real, fake, *strong = scores
         means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
-        self.anchors.lerp_(means, 1 - self.DECAY)
+        self.anchors.lerp_(torch.where(means.isfinite(), means, self.anchors), 1 - self.DECAY)
         hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         lecam = F.relu(real - self.anchors[1]).square().mean() + F.relu(self.anchors[0] - fake).square().mean()
         same = F.mse_loss(torch.cat([real, fake]), torch.cat(strong)) if strong else 0
@@ -1532,14 +1534,17 @@ class Muon(torch.optim.Optimizer):
     trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does so in
     bfloat16, where two processes drift from one, matrix by matrix; this in float32, and those of a shape together."""
     QUINTIC = 3.4445, -4.7750, 2.0315       # a x + b x^3 + c x^5, five times over, brings singular values near 1
+    found_inf = torch.zeros(())             # 1: change nothing; as in torch's fused optimisers
 
     @torch.no_grad()
     def step(self):
+        keep = 1 - self.found_inf
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, 0.95)))     # Nesterov
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                grad = torch.where(keep > 0, p.grad, momentum)
+                shapes.setdefault(p.shape, []).append((p, grad.lerp(momentum.lerp_(grad, 0.05), 0.95)))     # Nesterov
             for shape, pairs in shapes.items():
                 x = torch.stack([step for _, step in pairs])                                # (m, rows, columns)
                 x = x.mT if shape[0] > shape[1] else x
@@ -1547,33 +1552,43 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):
                     (a, b, c), square = self.QUINTIC, x @ x.mT
                     x = a * x + (b * square + c * square @ square) @ x
-                x = 0.2 * max(shape) ** 0.5 * (x.mT if shape[0] > shape[1] else x)          # as large as AdamW's
+                x = 0.2 * max(shape) ** 0.5 * keep * (x.mT if shape[0] > shape[1] else x)   # as large as AdamW's
                 for (p, _), step in zip(pairs, x, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
+                    p.mul_(1 - keep * group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
 
-def make_optimizers(module, kind, lr, weight_decay=0.0):
-    """{name: optimiser} that train a module together: AdamW with the authors' betas; for kind "muon" the matrices of
-    the transformer layers have Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
-    groups = {"hidden": [], "matrices": [], "vectors": []}
-    for name, p in module.named_parameters():
-        hidden = kind == "muon" and "blocks." in name and p.ndim == 2
-        groups["hidden" if hidden else "matrices" if p.ndim >= 2 else "vectors"].append(p)
-    optimizers = {"adamw": torch.optim.AdamW([{"params": groups["matrices"], "weight_decay": weight_decay},
-                                              {"params": groups["vectors"], "weight_decay": 0.0}],
-                                             lr=lr, betas=(0.9, 0.95), fused=True)}
-    if hidden := groups["hidden"]:
-        optimizers["muon"] = Muon([{"params": hidden, "lr_scale": 2.5}], {"lr": lr, "weight_decay": weight_decay})
-    return optimizers
+class Optimizers:
+    """What trains a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers have
+    Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
 
-def update(module, optimizers, lr):
-    """One step with the gradient clipped at norm 1 -> its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1)
-        optimizer.step()
-        optimizer.zero_grad()
-    return norm
+    def __init__(self, module, kind, lr, weight_decay=0.0):
+        self.module, self.steps, self.bad_in_a_row = module, 0, 0
+        groups = {"hidden": [], "matrices": [], "vectors": []}
+        for name, p in module.named_parameters():
+            hidden = kind == "muon" and "blocks." in name and p.ndim == 2
+            groups["hidden" if hidden else "matrices" if p.ndim >= 2 else "vectors"].append(p)
+        self.parts = {"adamw": torch.optim.AdamW([{"params": groups["matrices"], "weight_decay": weight_decay},
+                                                  {"params": groups["vectors"], "weight_decay": 0.0}],
+                                                 lr=lr, betas=(0.9, 0.95), fused=True)}
+        if hidden := groups["hidden"]:
+            self.parts["muon"] = Muon([{"params": hidden, "lr_scale": 2.5}], {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, lr):
+        """One step with the gradient clipped at norm 1 -> its norm before. A gradient that is not finite changes
+        nothing; ten of them in a row are refused. (Asked every ten steps, for the answer makes the device wait.)"""
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        bad = (~norm.isfinite()).float()
+        self.steps, self.bad_in_a_row = self.steps + 1, (self.bad_in_a_row + 1) * bad
+        if self.steps % 10 == 0 and self.bad_in_a_row >= 10:
+            names = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+            raise Refused(f"ten steps in a row had gradients that are not finite, first of {', '.join(names[:3])}: "
+                          "the last checkpoint is good; try a lower learning rate")
+        for optimizer in self.parts.values():
+            optimizer.found_inf = bad
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return norm
 
 def update_ema(ema, module, decay, step):
     """ema <- d ema + (1 - d) module with d = min(decay, (1 + step) / (10 + step)): early weights soon fade."""
@@ -1713,8 +1728,12 @@ def fill_file(path, record, machine, images, work):
         machine.barrier()
     return np.load(path, mmap_mode="r")
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it has saved: (text, number of the signal)."""
+
 class Progress:
-    """Progress bar and OUT/log.jsonl. Sums stay on the device until a line is due: no step waits for a number."""
+    """A stage's bar, its lines in OUT/log.jsonl, and when to save. Sums stay on the device until a line is due: no
+    step waits for a number. Ctrl-C and SIGTERM end the step and save; a second one ends at once."""
 
     def __init__(self, config, machine, stage, start, steps, batch):
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
@@ -1728,6 +1747,13 @@ class Progress:
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
+        self.asked, self.handlers = 0, {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        """A signal came."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
 
     def write(self, step, record, text=None):
         """A line of the log; with a text, one on the screen."""
@@ -1738,7 +1764,7 @@ class Progress:
                 self.bar.write(f"{self.stage} {step:6d}/{self.steps}  {text}")
 
     def step(self, done, lr, **values):
-        """Count a step; every log_every steps write the means since the last line."""
+        """Count a step; every log_every steps write the means since the last line -> is a checkpoint due?"""
         self.bar.update()
         self.count += 1
         self.sums = {name: self.sums.get(name, 0) + value.detach() for name, value in values.items()}
@@ -1747,6 +1773,23 @@ class Progress:
             record = {"lr": lr, "images_per_s": self.count * self.batch / (time.time() - self.since)} | means
             self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             self.sums, self.count, self.since = {}, 0, time.time()
+        if self.machine.world > 1:                      # processes must agree, at every tenth step
+            flag = torch.tensor(self.asked if done % 10 == 0 else 0, device=self.machine.device)
+            self.leaving = int(self.machine.total(flag)) if done % 10 == 0 else 0
+        else:
+            self.leaving = self.asked
+        return done % self.config.save_every == 0 or done == self.steps or self.leaving > 0
+
+    def saved(self, done):
+        """The checkpoint is written: leave, if that was asked for, or when all is done."""
+        self.machine.barrier()
+        if self.leaving or done == self.steps:
+            self.bar.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if self.leaving and done < self.steps:
+            raise Interrupted(f"stopped after step {done} of {self.steps} of the {self.stage} stage",
+                              self.asked or signal.SIGTERM)
 
 # == 14. Stage one: the tokenizer ======================================================================================
 
@@ -1760,9 +1803,11 @@ def train_tokenizer(config, machine):
     model = Tokenizer(config).to(device)
     perceptual, teacher, judge = loss_networks(config, machine, model)                      # None where not wanted
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
-    optimizers = make_optimizers(model, config.optimizer, config.tok_lr)
-    judge_optimizers = make_optimizers(judge, "adamw", config.tok_lr) if judge else {}
-    parts = {"model": model, "ema": ema, "judge": judge, "judge_adamw": judge_optimizers.get("adamw"), **optimizers}
+    optimizers = Optimizers(model, config.optimizer, config.tok_lr)
+    parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
+    if judge:
+        judge_optimizers = Optimizers(judge, "adamw", config.tok_lr)
+        parts["judge_adamw"] = judge_optimizers.parts["adamw"]
     groups = ("data", "tokenizer", "tokenizer training", "training")
     start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
     machine.say(f"tokenizer: {count_parameters(model)} parameters, {len(train)} images, "
@@ -1802,7 +1847,7 @@ def train_tokenizer(config, machine):
             model.quantizer.track(tokens.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
             results.append((target, tokens.pixels.detach(), tokens.latents))
-        values["grad_norm"] = update(model, optimizers, lr)
+        values["grad_norm"] = optimizers.step(lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
             key = root_key(config.seed, f"revive {step}").to(device)
             model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
@@ -1818,15 +1863,15 @@ def train_tokenizer(config, machine):
                 judge_loss = judge.loss(scores, config.disc_weight, machine)
                 (judge_loss / config.accum).backward()
                 values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
-            update(judge, judge_optimizers, lr)
+            judge_optimizers.step(lr)
 
         done = step + 1
-        progress.step(done, lr, **values)
-        if machine.rank == 0 and (done % config.save_every == 0 or done == config.tok_steps):
-            _, pixels = next(val.in_order(range(min(8, len(val))), 8))
-            save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
-            save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
-    machine.barrier()
+        if progress.step(done, lr, **values):               # a checkpoint is due
+            if machine.rank == 0:
+                _, pixels = next(val.in_order(range(min(8, len(val))), 8))
+                save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
+                save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
+            progress.saved(done)
 
 # == 15. Stage two: the AR transformer, on codes that are extracted once ===============================================
 
@@ -1892,8 +1937,8 @@ def train_ar(config, machine):
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
-    optimizers = make_optimizers(model, config.optimizer, config.ar_lr, config.ar_weight_decay)
-    parts = {"model": model, "ema": ema, **optimizers}
+    optimizers = Optimizers(model, config.optimizer, config.ar_lr, config.ar_weight_decay)
+    parts = {"model": model, "ema": ema, **optimizers.parts}
     groups = ("data", "tokenizer", "AR transformer", "AR training", "training")
     start = resume(out / "ar.pt", config, "ar", groups, about, parts)
     machine.say(f"ar: {count_parameters(model)} parameters, step {start} of {config.ar_steps}; "
@@ -1915,17 +1960,17 @@ def train_ar(config, machine):
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
             loss.backward()
             mean_loss = mean_loss + loss
-        norm = update(model, optimizers, lr)
+        norm = optimizers.step(lr)
         update_ema(ema, model, config.ar_ema, step)
 
         done = step + 1
-        progress.step(done, lr, loss=mean_loss, grad_norm=norm)
-        if machine.rank == 0 and (done % config.save_every == 0 or done == config.ar_steps):
-            value = ar_loss(config, machine, ema or model, *held_out).mean().item()
-            progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
-            save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
-            save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
-    machine.barrier()
+        if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
+            if machine.rank == 0:
+                value = ar_loss(config, machine, ema or model, *held_out).mean().item()
+                progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
+                save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
+                save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
+            progress.saved(done)
 
 # == 16. Pictures ======================================================================================================
 
@@ -2227,8 +2272,20 @@ def parse(argv):
     stage, table, name = (values.pop(k) for k in ("stage", "table", "preset"))
     return Config(**values | {"out": values["out"] or f"runs/{name}"}), stage, table
 
+@contextlib.contextmanager
+def alone(folder, machine):
+    """Two runs in one folder would spoil each other: the second is refused. The lock goes when we do, however."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            if machine.rank == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
+        yield
+
 def main(argv=None):
-    """Run the command line -> exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
     try:
         config, stage, table = parse(sys.argv[1:] if argv is None else argv)
         if table:
@@ -2242,17 +2299,18 @@ def main(argv=None):
             require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
         if config.data not in ("shapes", "cifar10"):
             config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate)):
-            if stage in (name, "all"):
-                work(config, machine)
+        with alone(Path(config.out), machine):
+            for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate)):
+                if stage in (name, "all"):
+                    work(config, machine)
         return 0
     except (Refused, OSError) as error:     # OSError: a folder that can't be made, a disk that is full, ...
         print(f"detailflow: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ndetailflow: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except (Interrupted, KeyboardInterrupt) as error:
+        text, number = error.args or ("interrupted", signal.SIGINT)
+        print(f"\ndetailflow: {text}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + number                 # as shells report it
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -761,10 +761,11 @@ def test_a_resumed_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch):
         count, step = [0], df.Progress.step
 
         def stop(self, *args, stage=stage, at=at, count=count, step=step, **values):
-            step(self, *args, **values)
+            due = step(self, *args, **values)
             count[0] += self.stage == stage
             if count[0] == at:
                 raise KeyboardInterrupt
+            return due
 
         with monkeypatch.context() as patch:
             patch.setattr(df.Progress, "step", stop)
@@ -852,22 +853,22 @@ def test_tokenizer_learns_eight_images_by_heart(config):
     x = images(8)
     torch.manual_seed(0)
     model = df.Tokenizer(config)
-    optimizers = df.make_optimizers(model, "muon", 3e-3)
+    optimizers = df.Optimizers(model, "muon", 3e-3)
     for step in range(150):
         out = model(x, 12, *df.draw_noise(config, df.fold(df.root_key(0, "test"), torch.arange(8) + 8 * step), 12))
         loss = F.mse_loss(out.pixels, x.repeat(2, 1, 1, 1)) + out.code_loss
         loss.backward()
-        df.update(model, optimizers, 3e-3)
+        optimizers.step(3e-3)
     assert df.psnr(model.decode(model.encode(x)), x).mean() > 17
 
 
 def test_ar_transformer_learns_four_sequences_by_heart(config, ar):
     codes, labels = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(0)), torch.arange(4)
-    optimizers = df.make_optimizers(ar, "adamw", 3e-3)
+    optimizers = df.Optimizers(ar, "adamw", 3e-3)
     for _ in range(80):
         loss = F.cross_entropy(ar(labels, codes).flatten(0, 1), codes.flatten())
         loss.backward()
-        df.update(ar, optimizers, 3e-3)
+        optimizers.step(3e-3)
     assert loss < 0.1
     assert torch.equal(df.generate(ar, labels, temperature=0), codes)
 
