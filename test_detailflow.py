@@ -4,14 +4,21 @@ On the CPU, without a network, in under three minutes. Tests that compare with t
 and skip without it.
 """
 
+import argparse
+import copy
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
+import struct
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 
 import detailflow as df
 import sample
@@ -75,7 +83,7 @@ def tokenizer(config):
 def ar(config):
     torch.manual_seed(0)
     model = df.ARTransformer(config)
-    torch.nn.init.normal_(model.output.weight)  # zero at first, which would hide every difference
+    nn.init.normal_(model.output.weight)  # zero at first, which would hide every difference
     return model
 
 
@@ -348,7 +356,7 @@ def test_a_logit_depends_exactly_on_the_codes_of_earlier_groups(causal_num):
     config = df.Config(**TINY | {"causal_num": causal_num})
     torch.manual_seed(0)
     model = df.ARTransformer(config)
-    torch.nn.init.normal_(model.output.weight)
+    nn.init.normal_(model.output.weight)
     codes, labels = torch.randint(40, (1, 12)), torch.tensor([1])
     logits = model(labels, codes)
     for j in range(12):
@@ -397,7 +405,7 @@ def test_cached_generation_equals_the_slow_reference_in_g_plus_groups_minus_one_
     config = df.Config(**TINY | {"group_size": group, "causal_num": causal})
     torch.manual_seed(1)
     model = df.ARTransformer(config)
-    torch.nn.init.normal_(model.output.weight, std=0.3)
+    nn.init.normal_(model.output.weight, std=0.3)
     lengths, run = [], df.ARTransformer.run
     monkeypatch.setattr(
         df.ARTransformer, "run", lambda self, x, *rest: lengths.append(x.shape[1]) or run(self, x, *rest)
@@ -482,70 +490,20 @@ def theirs():
     return torch.load(SHARED / "vectors/set1.pt", weights_only=True)
 
 
-AUTHORS = {
-    "image_size": 64,
-    "num_tokens": 16,
-    "group_size": 4,
-    "patch_size": 16,
-    "codebook_size": 64,
-    "enc_width": 48,
-    "enc_depth": 3,
-    "enc_heads": 4,
-    "enc_mlp": 96,
-    "dec_width": 32,
-    "dec_depth": 2,
-    "dec_heads": 4,
-    "ar_width": 64,
-    "ar_depth": 3,
-    "ar_heads": 4,
-    "ar_mlp": 192,
-}
+def authors_model(v, tmp_path):
+    """A model of theirs, from a folder as their training leaves it."""
+    root = folder(tmp_path, v["state_dict"], heads(v["config"]), entries=("model", "ema"))
+    return df.load_official(root).requires_grad_(True)
 
 
-def authors_tokenizer(weights):
-    """Our tokenizer with their weights, their names translated."""
-    names = {
-        "encoder.latent_tokens": "queries",
-        "encoder.refined_tokens": "retry_queries",
-        "encoder.latent_pos_embed": "query_positions",
-        "decoder.latent_pos_embed": "code_positions",
-        "decoder.mask_token": "mask_token",
-        "quantize.embedding.weight": "quantizer.codebook",
-        "encoder.visual_model.embeddings.patch_embedding": "patch_embed",
-        "quant_conv": "to_code",
-        "post_quant_conv": "code_embed",
-        "refine_conv": "from_code",
-        "decoder.to_pixel.model": "to_pixels",
-        ".visual_model.embeddings.position_embedding.weight": ".positions",
-        ".visual_model.encoder.layers.": ".blocks.",
-        ".visual_model.post_layernorm.": ".norm.",
-        "layer_norm": "norm",
-        "mlp.": "",
-        "self_attn.out_proj": "out",
-    }
-    state = {"quantizer.counts": torch.zeros(64)}
-    for name, tensor in weights.items():
-        for old, new in names.items():
-            name = name.replace(old, new) if not old.endswith("_conv") or name.startswith(old) else name
-        state[name] = tensor
-    for side, kind in itertools.product(
-        [f"encoder.blocks.{i}" for i in range(3)] + [f"decoder.blocks.{i}" for i in range(2)], ("weight", "bias")
-    ):
-        state[f"{side}.qkv.{kind}"] = torch.cat([state.pop(f"{side}.self_attn.{x}_proj.{kind}") for x in "qkv"])
-    del state["quantize.codebook_used"]
-    model = df.Tokenizer(df.Config(**AUTHORS))
-    model.load_state_dict(state)
-    return model
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+def close(ours, theirs, atol=2e-5):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 @needs_shared
-def test_tokenizer_equals_the_authors(theirs):
+def test_tokenizer_equals_the_authors(theirs, tmp_path):
     v = theirs["tokenizer"]
-    model = authors_tokenizer(v["state_dict"])
+    model = authors_model(v, tmp_path)
     with torch.no_grad():
         past = model.encode_patches(v["x"])
         clean = model.quantize(past)
@@ -569,9 +527,9 @@ def test_tokenizer_equals_the_authors(theirs):
 
 @needs_shared
 @pytest.mark.parametrize("case", range(4))
-def test_training_losses_and_gradients_equal_the_authors(theirs, case):
+def test_training_losses_and_gradients_equal_the_authors(theirs, case, tmp_path):
     v = theirs["tokenizer"]
-    model, step = authors_tokenizer(v["state_dict"]), v["train"][case]
+    model, step = authors_model(v, tmp_path), v["train"][case]
     start, noise = step["noise_idx"], (None, None)
     if start >= 0:
         noise = torch.full((2,), start), F.pad(step["topk_rank"], (0, 4))[:, start : start + 4]
@@ -594,26 +552,9 @@ def test_training_losses_and_gradients_equal_the_authors(theirs, case):
 
 
 @needs_shared
-def test_ar_transformer_and_generation_equal_the_authors(theirs):
+def test_ar_transformer_and_generation_equal_the_authors(theirs, tmp_path):
     v = theirs["ar"]
-    names = {
-        "cls_embedding.embedding_table": "class_embed",
-        "tok_embeddings": "code_embed",
-        "layers.": "blocks.",
-        "attention.wqkv": "qkv",
-        "attention.wo": "out",
-        "feed_forward.": "",
-        "attention_norm": "norm1",
-        "ffn_norm": "norm2",
-        "spe_code_embed.special_embeddings.weight": "specials",
-    }
-    state = {}
-    for name, tensor in v["state_dict"].items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        state[name] = tensor
-    model = df.ARTransformer(df.Config(**AUTHORS))
-    model.load_state_dict(state)
+    model = authors_model(v, tmp_path)
     assert torch.equal(model.mask, v["mask"])
     close(model.rotary, v["rope"][:16])
     with torch.no_grad():
@@ -629,7 +570,850 @@ def test_ar_transformer_and_generation_equal_the_authors(theirs):
         assert torch.equal(df.filter_logits(case["logits"], case["top_k"], case["top_p"]), case["filtered"])
 
 
-# == 11. Data ==
+def foreign(value=1.5):
+    """A Namespace that holds an object of a class which nobody will have when the file is read."""
+    module = types.ModuleType("ruamel_gone")
+
+    class ScalarFloat(float):
+        def __reduce_ex__(self, protocol):
+            return ScalarFloat, (float(self),), {"_width": 3}
+
+    ScalarFloat.__module__, ScalarFloat.__qualname__ = "ruamel_gone", "ScalarFloat"
+    module.ScalarFloat = ScalarFloat
+    sys.modules["ruamel_gone"] = module
+    return argparse.Namespace(degradation_power=ScalarFloat(value), lr=1e-4, where=Path("/x"), many={ScalarFloat(2.0)})
+
+
+def save(checkpoint, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, path, **options)
+    sys.modules.pop("ruamel_gone", None)
+
+
+def folder(root, tensors, about, entries=("model",), step="0001000", yaml="degradation_power: 1.5\n"):
+    """What the authors' training leaves: weights, optimiser and arguments, config.json and config.yaml."""
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    checkpoint = {e: tensors if e in entries else wrong for e in ("model", "ema") if e in entries or len(entries) == 1}
+    save(
+        checkpoint | {"optimizer": {"state": {0: torch.ones(3)}}, "steps": 5, "args": foreign()},
+        root / "checkpoints" / f"{step}.pt",
+    )
+    (root / "config.json").write_text(json.dumps(about))
+    (root / "config.yaml").write_text(f"# arguments\nvq_model: VQ-16\n{yaml}group_size: 4\n")
+    return root
+
+
+def heads(about):
+    return {**about, "encoder_heads": 4, "decoder_heads": 4}
+
+
+# == 11. The authors' checkpoints ==
+
+
+@needs_shared
+def test_their_tokenizer_folder_gives_their_codes_and_pixels(theirs, tmp_path):
+    """Wrong names, head counts, layer order, or EMA weights taken where they evaluate the others."""
+    v = theirs["tokenizer"]
+    model = df.load_official(folder(tmp_path, v["state_dict"], heads(v["config"])))
+    assert isinstance(model, df.Tokenizer) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    c = model.config
+    assert (c.num_tokens, c.codebook_size, c.code_dim, c.enc_grid, c.alpha, c.causal_num) == (16, 64, 8, 4, 1.5, 4)
+    assert (c.enc_width, c.enc_depth, c.enc_mlp, c.dec_width, c.dec_depth, c.dec_mlp) == (48, 3, 96, 32, 2, 128)
+    assert torch.equal(model.encode(v["x"]), v["indices"])
+    close(model.decode(v["indices"]), v["dec_full"])
+
+
+@needs_shared
+def test_their_ar_folder_gives_their_logits_and_greedy_codes(theirs, tmp_path):
+    """The raw weights taken where they evaluate the averaged ones; wrong names."""
+    v = theirs["ar"]
+    model = df.load_official(folder(tmp_path, v["state_dict"], v["config"], entries=("ema",)))
+    assert isinstance(model, df.ARTransformer) and not model.training
+    with torch.no_grad():
+        close(model(v["labels"], v["codes"]), v["logits"])
+    both = folder(tmp_path / "raw", v["state_dict"], v["config"], entries=("model", "ema"))
+    checkpoint = df.read_foreign(both / "checkpoints" / "0001000.pt")
+    save({"model": checkpoint["model"], "args": foreign()}, both / "checkpoints" / "0001001.pt")
+    with torch.no_grad():  # without averaged weights: the raw ones
+        close(df.load_official(both)(v["labels"], v["codes"]), v["logits"])
+
+
+@needs_shared
+def test_the_latest_checkpoint_is_taken_or_the_one_that_is_named(theirs, tmp_path):
+    """Sorting steps as text: 900 after 1000; names with the prefixes of compiled and distributed models."""
+    v = theirs["tokenizer"]
+    folder(tmp_path, {n: t + 1 for n, t in v["state_dict"].items()}, heads(v["config"]), step="900")
+    prefixed = {f"module._orig_mod.{n}": t for n, t in v["state_dict"].items()}
+    folder(tmp_path, prefixed, heads(v["config"]), step="0001000", yaml="degradation_power: 2.25\n")
+    latest = df.load_official(tmp_path)
+    assert torch.equal(latest.encode(v["x"]), v["indices"]) and latest.config.alpha == 2.25
+    named = df.load_official(tmp_path / "checkpoints" / "900.pt")
+    close(named.queries.data, v["state_dict"]["encoder.latent_tokens"] + 1, 0)
+    with pytest.raises(df.Refused, match=r"checkpoints/\*\.pt"):
+        df.load_official(tmp_path / "checkpoints")
+
+
+@needs_shared
+def test_first_token_alignment_equals_the_authors(theirs, tmp_path):
+    """The teacher's last norm applied once; heads or the alignment MLP wrong; the teacher left in the tokenizer."""
+    v, a = theirs["tokenizer"], theirs["alignment"]
+    extra = a["state_dict_extra"]
+    model = df.load_official(folder(tmp_path, v["state_dict"] | extra, heads(a["config"])))
+    assert (model.config.align_weight, model.config.align_width, model.config.teacher_width) == (1.0, 24, 36)
+    tower = {f"vision_model.{n.removeprefix('repa_model.visual_model.')}": t for n, t in extra.items() if "repa" in n}
+    write_safetensors(tmp_path / "siglip.safetensors", tower)
+    teacher = df.Teacher(df.siglip_layers(tmp_path / "siglip.safetensors", 2), heads=3)
+    wanted = F.normalize(a["teacher_features"].mean(1), dim=-1)
+    close(teacher(v["x"]), wanted)
+    loss = df.alignment_loss(model.align_head(model.quantize(model.encode_patches(v["x"])).vectors[:, 0]), wanted)
+    assert loss.item() == pytest.approx(a["train"]["align_loss"], abs=2e-5)
+
+
+TENSOR = "encoder.visual_model.encoder.layers.1.self_attn.k_proj.weight"
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "kind, fault, said",
+    [
+        ("tokenizer", {TENSOR: None}, f"{TENSOR} is missing"),
+        ("tokenizer", {TENSOR: torch.zeros(48, 40)}, rf"{TENSOR} is \(48, 40\), not \(48, 48\)"),
+        ("tokenizer", {"encoder.latent_tokens": torch.zeros(1, 12, 48)}, r"encoder.latent_tokens is \(1, 12, 48\)"),
+        ("tokenizer", {"encoder.latent_tokens": None}, "encoder.latent_tokens is missing"),
+        (
+            "tokenizer",
+            {"quantize.embedding.weight": torch.zeros(60, 8)},
+            r"embedding.weight is \(60, 8\), not \(64, 8\)",
+        ),
+        (
+            "tokenizer",
+            {"decoder.visual_model.post_layernorm.weight": None},
+            "decoder.visual_model.post_layernorm.weight",
+        ),
+        ("tokenizer", {"refine_conv.bias": None}, "refine_conv.bias is missing"),
+        ("tokenizer", {"projection.weight": torch.zeros(2)}, "projection.weight is unknown"),
+        ("tokenizer", {"quant_conv.bias": "text"}, "quant_conv.bias"),
+        ("ar", {"layers.2.attention.wo.weight": None}, "layers.2.attention.wo.weight is missing"),
+        ("ar", {"layers.3.ffn_norm.weight": torch.zeros(64)}, "layers.3.ffn_norm.weight is unknown"),
+        ("ar", {"cls_embedding.embedding_table.weight": torch.zeros(10, 64)}, r"embedding_table.weight is \(10, 64\)"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_as_their_file_names_it(theirs, tmp_path, kind, fault, said):
+    """A model that loads with a part of it random, or an error that speaks of other names than the file."""
+    v = theirs[kind]
+    tensors = {n: t for n, t in (v["state_dict"] | fault).items() if t is not None}
+    root = tmp_path / "official"
+    save({"model": tensors, "args": foreign()}, root / "checkpoints" / "1.pt")
+    (root / "config.json").write_text(json.dumps(heads(v["config"])))
+    with pytest.raises(df.Refused, match=said) as caught:
+        df.load_official(root)
+    assert "\n" not in str(caught.value) and "1.pt" in str(caught.value)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "kind, change, said",
+    [
+        ("tokenizer", {"encoder_heads": None}, "encoder_heads"),
+        ("tokenizer", {"causal_decoder": True}, "causal_decoder"),
+        ("tokenizer", {"codebook_l2_norm": False}, "codebook_l2_norm"),
+        ("tokenizer", {"enc_patch_size": 8}, r"patch_embedding.weight is \(48, 768\), not \(48, 192\)"),
+        ("ar", {"rope_base": 500000}, "rope_base"),
+        ("ar", {"norm_eps": 1e-6}, "norm_eps"),
+    ],
+)
+def test_settings_that_would_change_the_numbers_are_refused(theirs, tmp_path, kind, change, said):
+    """A model loaded with other arithmetic than it was trained with."""
+    v = theirs[kind]
+    about = {n: x for n, x in (heads(v["config"]) | change).items() if x is not None}
+    with pytest.raises(df.Refused, match=said):
+        df.load_official(folder(tmp_path, v["state_dict"], about))
+
+
+@needs_shared
+def test_a_tokenizer_trained_without_correction_loads(theirs, tmp_path):
+    """Demanding refine_conv of a model that never had one."""
+    v = theirs["tokenizer"]
+    tensors = {n: t for n, t in v["state_dict"].items() if not n.startswith("refine_conv")}
+    model = df.load_official(folder(tmp_path, tensors, heads(v["config"])))
+    assert not model.config.correction and torch.equal(model.encode(v["x"]), v["indices"])
+
+
+@pytest.mark.parametrize(
+    "name, text", [("config.json", "{"), ("config.json", "[1]"), ("config.json", "{}"), ("checkpoints/1.pt", "text")]
+)
+def test_a_torn_folder_is_refused_in_one_line(tmp_path, name, text):
+    save({"model": {"a": torch.zeros(1)}}, tmp_path / "checkpoints" / "1.pt")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(df.Refused) as caught:
+        df.load_official(tmp_path)
+    assert "\n" not in str(caught.value) and "1.pt" in str(caught.value)
+
+
+def their_state(model):
+    """Our tokenizer's weights by the authors' names, written out independently of the table under test."""
+    state = {
+        "encoder.latent_tokens": model.queries,
+        "encoder.refined_tokens": model.retry_queries,
+        "encoder.latent_pos_embed": model.query_positions,
+        "decoder.latent_pos_embed": model.code_positions,
+        "decoder.mask_token": model.mask_token,
+        "quantize.embedding.weight": model.quantizer.codebook,
+        "quantize.codebook_used": torch.zeros(65536),
+    }
+    parts = {
+        "encoder.visual_model.embeddings.patch_embedding": model.patch_embed,
+        "quant_conv": model.to_code,
+        "refine_conv": model.from_code,
+        "post_quant_conv": model.code_embed,
+        "decoder.to_pixel.model": model.to_pixels,
+    }
+    for side in ("encoder", "decoder"):
+        vit, stem = getattr(model, side), f"{side}.visual_model"
+        state[f"{stem}.embeddings.position_embedding.weight"] = vit.positions
+        parts[f"{stem}.post_layernorm"] = vit.norm
+        for i, block in enumerate(vit.blocks):
+            layer = f"{stem}.encoder.layers.{i}"
+            for letter, weight, bias in zip("qkv", block.qkv.weight.chunk(3), block.qkv.bias.chunk(3), strict=True):
+                state[f"{layer}.self_attn.{letter}_proj.weight"] = weight
+                state[f"{layer}.self_attn.{letter}_proj.bias"] = bias
+            parts |= {
+                f"{layer}.self_attn.out_proj": block.out,
+                f"{layer}.layer_norm1": block.norm1,
+                f"{layer}.layer_norm2": block.norm2,
+                f"{layer}.mlp.fc1": block.fc1,
+                f"{layer}.mlp.fc2": block.fc2,
+            }
+    for name, part in parts.items():
+        state |= {f"{name}.weight": part.weight, f"{name}.bias": part.bias}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"patch_size": 16, "dec_patch_size": 8},
+        {"patch_size": 8, "dec_patch_size": 16},
+        {"causal_num": 8},
+        {"enc_grid": 3, "dec_grid": 5},
+        {"enc_depth": 11},
+        {"group_size": 1, "causal_num": 3},
+    ],
+)
+def test_odd_tokenizers_load_whole(tmp_path, odd):
+    """Sizes guessed instead of read: equal patches on both sides, c = G, a table as large as the image, ten layers."""
+    sizes = {
+        "image_size": 32,
+        "num_tokens": 16,
+        "group_size": 4,
+        "patch_size": 8,
+        "codebook_size": 40,
+        "code_dim": 6,
+        "enc_width": 24,
+        "enc_depth": 2,
+        "enc_heads": 3,
+        "enc_mlp": 40,
+        "dec_width": 20,
+        "dec_depth": 1,
+        "dec_mlp": 28,
+        "dec_heads": 2,
+        "noise_topk": 40,
+        "alpha": 1.3,
+    }
+    torch.manual_seed(0)
+    config = df.Config(**sizes | odd)
+    model = df.Tokenizer(config)
+    about = {
+        "image_size": 32,
+        "max_image_size": 32,
+        "enc_patch_size": config.patch_size,
+        "group_size": config.group_size,
+        "dec_patch_size": config.dec_patch_size,
+        "causal_num": odd.get("causal_num"),
+        "encoder_heads": 3,
+        "decoder_heads": 2,
+    }
+    loaded = df.load_official(folder(tmp_path, their_state(model), about, yaml="degradation_power: 1.3\n"))
+    assert loaded.config == config
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = model.encode(images)
+    assert torch.equal(loaded.encode(images), codes)
+    for n in df.prefix_lengths(config):
+        assert torch.equal(loaded.decode(codes[:, :n]), model.decode(codes[:, :n]))
+
+
+def test_their_published_sizes_need_no_head_counts():
+    """Heads of 1152 and 768 wide towers, which are in no file."""
+    shapes = {"quantize.embedding.weight": (8192, 8), "encoder.latent_tokens": (1, 128, 1152)}
+    for side, width, mlp in (("encoder", 1152, 4304), ("decoder", 768, 3072)):
+        stem = f"{side}.visual_model."
+        shapes |= {
+            f"{stem}post_layernorm.weight": (width,),
+            f"{stem}embeddings.position_embedding.weight": (256, width),
+        }
+        shapes |= {f"{stem}encoder.layers.{i}.mlp.fc1.bias": (mlp,) for i in range(12)}
+    about = {"image_size": 256, "enc_patch_size": 16, "dec_patch_size": 16, "group_size": 8, "causal_num": None}
+    config = df.official_config(about, 1.5, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
+    for name in ("enc_heads", "dec_heads", "enc_depth", "enc_mlp", "dec_mlp", "num_tokens", "group_size", "causal_num"):
+        assert getattr(config, name) == getattr(df.Config(**df.PRESETS["imagenet-16"]), name), name
+
+
+# == 11. Foreign pickles ==
+
+
+class Hostile:
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
+
+    def __reduce__(self):
+        return self.call, self.args
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_hostile_pickle_does_not_run(tmp_path, new_format):
+    """Code in a checkpoint that is run because weights_only is off."""
+    victim, sample = tmp_path / "victim", torch.randn(3, 4)
+    bad = [
+        Hostile(os.system, f"touch {victim}"),
+        Hostile(eval, f"__import__('os').mkdir({str(victim) + '1'!r})"),
+        Hostile(exec, f"__import__('os').mkdir({str(victim) + '2'!r})"),
+        Hostile(subprocess.check_call, ["touch", str(victim)]),
+    ]
+    save(
+        {"model": {"a": sample, "b": nn.Parameter(sample[0])}, "args": foreign(), "bad": bad, "set": {1, 2}},
+        tmp_path / "x.pt",
+        _use_new_zipfile_serialization=new_format,
+    )
+    state = df.read_foreign(tmp_path / "x.pt")
+    assert {file.name for file in tmp_path.iterdir()} == {"x.pt"}
+    assert torch.equal(state["model"]["a"], sample) and torch.equal(state["model"]["b"], sample[0])
+    assert state["set"] == {1, 2} and isinstance(state["args"], df.Inert)
+    assert all(isinstance(thing, df.Inert) for thing in state["bad"])
+    save(bad, tmp_path / "bad.pt", _use_new_zipfile_serialization=new_format)
+    torch.load(tmp_path / "bad.pt", weights_only=False)
+    assert {file.name for file in tmp_path.glob("victim*")} == {"victim", "victim1", "victim2"}  # it would have run
+
+
+def test_a_pickle_cannot_change_the_functions_it_is_given(tmp_path):
+    """BUILD on torch's own function: attributes of it, its defaults too, would stay changed for the whole process."""
+    before = dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor_v2.__defaults__
+    build = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n"
+    build += b"N}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86b" + b"s."
+    df.InertUnpickler(io.BytesIO(build)).load()
+    assert (dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor_v2.__defaults__) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1]), b"PK\x03\x04 torn"])
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(df.Refused, match=r"x\.pt"):
+        df.read_foreign(tmp_path / "x.pt")
+
+
+def test_a_torn_checkpoint_a_script_and_a_list_are_refused(tmp_path):
+    """torch.load hands TorchScript, code and all, to another loader."""
+    save({"a": torch.zeros(1000)}, tmp_path / "whole.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    save([torch.zeros(2)], tmp_path / "list.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+        archive.writestr("script/data.pkl", b"")
+    for name, said in (("torn", ""), ("list", "no dict"), ("script", "TorchScript"), ("absent", "FileNotFound")):
+        with pytest.raises(df.Refused, match=rf"{name}\.pt .*{said}"):
+            df.read_foreign(tmp_path / f"{name}.pt")
+
+
+# == 11. safetensors and SigLIP 2 ==
+
+
+def write_safetensors(path, tensors, pad=0):
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": kinds[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    text = json.dumps(header).encode() + b" " * pad
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("pad", range(4))
+def test_safetensors_come_back_exactly_from_any_offset(tmp_path, pad):
+    """Data that begins at an odd byte; dtypes taken for each other; other tensors loaded too; the file changed."""
+    torch.manual_seed(0)
+    tensors = {
+        "a.x": torch.randn(3, 5),
+        "b.n": torch.arange(4),
+        "a.y": torch.randn(7).half(),
+        "a.s": torch.tensor(2.5),
+        "a.z": torch.randn(2, 3, 4).bfloat16(),
+    }
+    write_safetensors(tmp_path / "m.safetensors", tensors, pad)
+    raw = (tmp_path / "m.safetensors").read_bytes()
+    read = df.read_safetensors(tmp_path / "m.safetensors", "a.")
+    assert list(read) == ["x", "y", "s", "z"]
+    for name, tensor in read.items():
+        assert tensor.dtype == tensors[f"a.{name}"].dtype and torch.equal(tensor, tensors[f"a.{name}"])
+        tensor.zero_()
+    assert (tmp_path / "m.safetensors").read_bytes() == raw
+    with pytest.raises(df.Refused, match="I64"):
+        df.read_safetensors(tmp_path / "m.safetensors", "b.")
+
+
+def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
+    """A download that broke off, read as if it were whole; a header length that asks for all memory."""
+    write_safetensors(tmp_path / "m.safetensors", {"vision_model.a": torch.ones(2), "text": torch.ones(9)})
+    raw = (tmp_path / "m.safetensors").read_bytes()
+    for content in (*(raw[:n] for n in range(len(raw))), raw + b"x", b"\xff" * 99, struct.pack("<Q", 2) + b"{}"):
+        (tmp_path / "m.safetensors").write_bytes(content)
+        with pytest.raises(df.Refused, match=r"m.safetensors"):
+            df.read_safetensors(tmp_path / "m.safetensors", "vision_model.")
+    with pytest.raises(df.Refused, match="absent"):
+        df.read_safetensors(tmp_path / "absent")
+
+
+@pytest.fixture(scope="module")
+def transformers_siglip(tmp_path_factory):
+    """A small random SigLIP 2 of transformers, where that is installed, its file, and what it makes of two images."""
+    library = pytest.importorskip("transformers", reason="transformers is not installed, and need not be")
+    root = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 16}
+    model = library.Siglip2VisionModel(library.Siglip2VisionConfig(**sizes, num_patches=16, patch_size=4)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+        images = torch.rand(2, 3, 12, 20) * 2 - 1  # 3 x 5 patches: the table of positions, 4 x 4, must be resized
+        whole, sizes = torch.ones(2, 15, dtype=torch.long), torch.tensor([[3, 5]] * 2)
+        out = model(pixel_values=df.patchify(images, 4), pixel_attention_mask=whole, spatial_shapes=sizes)
+    state = {n if n.startswith("vision_model.") else f"vision_model.{n}": p for n, p in model.state_dict().items()}
+    write_safetensors(root / "model.safetensors", state | {"text_model.embedding": torch.randn(5, 4)})
+    torch.save({"images": images, "features": out.last_hidden_state}, root / "expected.pt")
+    return root
+
+
+def test_our_siglip2_equals_that_of_transformers(transformers_siglip):
+    """Anything in Block, ViT, patchify or the names; the official safetensors writer's files."""
+    expected = torch.load(transformers_siglip / "expected.pt", weights_only=True)
+    state = df.siglip_layers(transformers_siglip / "model.safetensors", 3)
+    teacher = df.Teacher(state)
+    features = []
+    teacher.norm.register_forward_hook(lambda module, args, out: features.append(out))
+    vectors = teacher(expected["images"])
+    close(features[0], expected["features"], 1e-4)
+    close(vectors, F.normalize(teacher.norm(expected["features"]).mean(1), dim=-1), 1e-5)
+    close(vectors.norm(dim=-1), torch.ones(2), 1e-6)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_first_layers_initialise_an_encoder(transformers_siglip):
+    """The last norm dropped; layers miscounted; q, k and v joined in another order."""
+    whole = df.siglip_layers(transformers_siglip / "model.safetensors", 3)
+    part = df.siglip_layers(transformers_siglip / "model.safetensors", 2)
+    assert {n for n in whole if n not in part} == {n for n in whole if n.startswith("blocks.2.")}
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+    encoder = df.ViT(48, 2, 16, 80, 4, 0.1)
+    encoder.load_state_dict({n: t for n, t in part.items() if not n.startswith("patch_embed.")})
+    with pytest.raises(df.Refused, match=r"encoder.layers.3.self_attn.q_proj.weight is missing"):
+        df.siglip_layers(transformers_siglip / "model.safetensors", 4)
+
+
+def test_alignment_is_minus_the_mean_cosine():
+    a, b = torch.tensor([[3.0, 0], [1, 1]]), F.normalize(torch.tensor([[1.0, 0], [-1, -1]]))
+    assert df.alignment_loss(a, b).item() == pytest.approx(0.0, abs=1e-6)
+    assert df.alignment_loss(a, F.normalize(a)).item() == pytest.approx(-1)
+
+
+VGG_WIDTHS = [64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0]  # 0: pooling
+
+
+def stand_in(root):
+    """Random VGG16, LPIPS and DINO weights by the published names, of the published shapes; activations stay sane."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, std=None):
+        return torch.randn(shape, generator=generator) * (std or math.prod(shape[1:]) ** -0.5)
+
+    vgg, channels, i = {}, 3, 0
+    for width in VGG_WIDTHS:
+        if width:
+            vgg[f"features.{i}.weight"] = normal(width, channels, 3, 3) * 2**0.5  # a ReLU halves the variance
+            vgg[f"features.{i}.bias"], channels = normal(width, std=0.05), width
+        i += 2 if width else 1
+    torch.save(vgg, root / df.VGG)
+    widths = enumerate((64, 128, 256, 512, 512))
+    torch.save({f"lin{i}.model.1.weight": normal(1, w, 1, 1, std=0.2).abs() for i, w in widths}, root / df.LPIPS_LINEAR)
+    D, dino = 384, {}
+    for name, shape, std in (("cls_token", (1, 1, 384), 0.2), ("pos_embed", (1, 197, 384), 0.2)):
+        dino[name] = normal(*shape, std=std)
+    dino |= {"patch_embed.proj.weight": normal(D, 3, 16, 16), "patch_embed.proj.bias": normal(D, std=0.05)}
+    for stem in (*(f"blocks.{i}." for i in range(12)), ""):
+        for name in ("norm1", "norm2") if stem else ("norm",):
+            dino |= {f"{stem}{name}.weight": 1 + normal(D, std=0.1), f"{stem}{name}.bias": normal(D, std=0.1)}
+        layers = (
+            ("attn.qkv", 3 * D, D, 1.5),
+            ("attn.proj", D, D, 0.3),
+            ("mlp.fc1", 4 * D, D, 1),
+            ("mlp.fc2", D, 4 * D, 0.5),
+        )
+        for name, rows, columns, scale in layers if stem else ():
+            dino[f"{stem}{name}.weight"], dino[f"{stem}{name}.bias"] = (
+                scale * normal(rows, columns),
+                normal(rows, std=0.05),
+            )
+    torch.save(dino, root / df.DINO)
+
+
+# == 11. LPIPS ==
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    """Random weights by the published names and of the published shapes."""
+    root = tmp_path_factory.mktemp("nets")
+    stand_in(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def lpips(nets):
+    return df.LPIPS(nets / df.VGG, nets / df.LPIPS_LINEAR)
+
+
+def slow_lpips(nets, a, b):
+    """By the paper: one image, one stage, one place at a time."""
+    vgg = torch.load(nets / df.VGG, weights_only=True)
+    linear = torch.load(nets / df.LPIPS_LINEAR, weights_only=True)
+    maps = []
+    for image in (a, b):
+        x = torch.stack(
+            [
+                (image[c] - s) / d
+                for c, s, d in zip(range(3), (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450), strict=True)
+            ]
+        )[None]
+        kept = []
+        for i in range(29):
+            if f"features.{i}.weight" in vgg:
+                x = F.relu(F.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1))
+            if i in (4, 9, 16, 23):
+                x = F.max_pool2d(x, 2)
+            if i in (2, 7, 14, 21, 28):
+                kept.append(x[0])
+        maps.append(kept)
+    total = 0.0
+    for i, (fa, fb) in enumerate(zip(*maps, strict=True)):
+        places = [(fa[:, y, x], fb[:, y, x]) for y in range(fa.shape[1]) for x in range(fa.shape[2])]
+        weight = linear[f"lin{i}.model.1.weight"].flatten()
+        total += sum((weight * (p / (p.norm() + 1e-10) - q / (q.norm() + 1e-10)) ** 2).sum() for p, q in places) / len(
+            places
+        )
+    return total
+
+
+def test_lpips_equals_the_slow_way(nets, lpips):
+    """Stages cut at other layers, the scaling or the weights mixed up, places summed instead of averaged."""
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    slow = torch.stack([slow_lpips(nets, a[i], b[i]) for i in range(2)])
+    torch.testing.assert_close(lpips(a, b), slow, rtol=1e-5, atol=0)
+    assert torch.equal(lpips(a, a), torch.zeros(2))
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 256])
+def test_lpips_measures_any_size_with_finite_gradients(lpips, size):
+    """Five stages of pooling leave nothing of a small image; equal images have gradient 0 / 0."""
+    torch.manual_seed(0)
+    a = torch.rand(1, 3, size, size) * 2 - 1
+    if size <= 32:
+        b = a.clone().requires_grad_()
+        lpips(a, b).sum().backward()
+        assert torch.isfinite(b.grad).all()
+    c = (a + 0.3 * torch.randn_like(a)).requires_grad_()
+    distance = lpips(a, c)
+    distance.sum().backward()
+    assert distance.shape == (1,) and distance > 0 and 0 < c.grad.norm() < math.inf
+    assert not any(p.requires_grad for p in lpips.parameters())
+
+
+def test_lpips_dropout_is_unbiased_and_each_images_own(lpips):
+    """Masks drawn for a batch, so that an image's loss depends on its neighbours; no rescaling by two; no dropout."""
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    keys = torch.tensor([1, 2, 3])
+    full, dropped = lpips(a, b), lpips(a, b, keys)
+    assert (full != dropped).all() and torch.equal(dropped, lpips(a, b, keys))
+    torch.testing.assert_close(lpips(a[1:2], b[1:2], keys[1:2]), dropped[1:2])
+    many = lpips(a[:1].expand(24, -1, -1, -1), b[:1].expand(24, -1, -1, -1), torch.arange(24))
+    assert abs(many.mean() / full[0] - 1) < 4 * many.std() / full[0] / 24**0.5 and many.std() > 0
+
+
+def test_lpips_refuses_other_files(nets, tmp_path):
+    save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "v.pth")
+    with pytest.raises(df.Refused, match=r"features.0.bias is missing"):
+        df.LPIPS(tmp_path / "v.pth", nets / df.LPIPS_LINEAR)
+    with pytest.raises(df.Refused, match=r"lin0.model.1.weight is missing"):
+        df.LPIPS(nets / df.VGG, nets / df.VGG)
+
+
+# == 11. DiffAugment ==
+
+
+def slow_augment(image, key, number, weak, use):
+    """One image with plain numbers, by the paper's description."""
+    S = image.shape[-1]
+    u = df.uniform(df.fold(df.fold(key, 0), torch.tensor([number])), 7)[0].tolist()
+    if use[0]:
+        image = image + u[0] - 0.5
+        grey = image.mean(0, keepdim=True)
+        image = (image - grey) * (2 * u[1]) + grey
+        image = (image - image.mean()) * (u[2] + 0.5) + image.mean()
+    if use[1]:
+        most = int(S * 0.125 + 0.5)
+        dy, dx = (int(x * (2 * most + 1)) - most for x in u[3:5])
+        moved = torch.zeros_like(image)
+        for y in range(S):
+            for x in range(S):
+                if 0 <= y + dy < S and 0 <= x + dx < S:
+                    moved[:, y, x] = image[:, y + dy, x + dx]
+        image = moved
+    if use[2]:
+        side = int(S * (0.2 if weak else 0.5) + 0.5)
+        cy, cx = (int(x * (S + 1 - side % 2)) for x in u[5:7])
+        image = image.clone()
+        for y in range(cy - side // 2, cy - side // 2 + side):
+            for x in range(cx - side // 2, cx - side // 2 + side):
+                if 0 <= y < S and 0 <= x < S:
+                    image[:, y, x] = 0
+    return image
+
+
+@pytest.mark.parametrize("weak", [True, False])
+@pytest.mark.parametrize("size", [4, 15, 16])
+def test_diff_augment_equals_the_slow_way(weak, size):
+    """Operations out of order, off by a pixel, wrapped around, or drawn for the batch instead of each image."""
+    torch.manual_seed(0)
+    images = torch.rand(3, 3, size, size) * 2 - 1
+    seen = set()
+    for seed in range(12):
+        key = torch.tensor([seed])
+        use = tuple((df.uniform(key, 3)[0] < 0.5).tolist()) if weak else (True, True, True)
+        seen.add(use)
+        slow = torch.stack([slow_augment(images[i], key, i, weak, use) for i in range(3)])
+        torch.testing.assert_close(df.diff_augment(images, key, weak), slow, rtol=0, atol=1e-6)
+    assert len(seen) == (1 if not weak else len(seen)) and (not weak or len(seen) > 4)
+
+
+def test_diff_augment_draws_what_it_should():
+    """A policy that never or always applies; holes of one size that miss the edges; shifts beyond S / 8."""
+    ones, same = torch.ones(64, 3, 16, 16), 0
+    for seed in range(200):
+        same += torch.equal(df.diff_augment(ones[:1], torch.tensor([seed]), weak=True), ones[:1])
+    assert 10 < same < 45  # (1/2)^3 of the batches are left alone: 25 +- 5
+    a = df.diff_augment(ones, torch.tensor([5]), weak=False)
+    zero = (a == 0).all(1)
+    assert 64 * 16 * 16 * 0.15 < zero.sum() < 64 * 16 * 16 * 0.5 and zero.any(0).all()
+    assert len({tuple(row.tolist()) for row in zero.flatten(1)}) > 50
+    assert df.diff_augment(ones, torch.tensor([5]), False).equal(a)
+    assert not df.diff_augment(ones, torch.tensor([6]), False).equal(a)
+
+
+def test_diff_augment_passes_gradients_where_it_shows_the_image():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16).requires_grad_()
+    df.diff_augment(images, torch.tensor([3]), weak=False).square().sum().backward()
+    assert 0 < (images.grad != 0).float().mean() <= 1 and torch.isfinite(images.grad).all()
+
+
+# == 11. The DINO judge ==
+
+
+@pytest.fixture(scope="module")
+def judge(nets):
+    torch.manual_seed(0)
+    return df.DinoDiscriminator(nets / df.DINO)
+
+
+def test_dino_equals_torchs_own_transformer_layers(nets, judge):
+    """Layers, patches, the class token or the places where features are read off."""
+    w = torch.load(nets / df.DINO, weights_only=True)
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        x = torchvision.transforms.functional.normalize((images + 1) / 2, mean.tolist(), std.tolist())
+        x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=16).flatten(2).mT
+        x = torch.cat([w["cls_token"], x], dim=1) + w["pos_embed"]
+        expected = [x]
+        for i in range(12):
+            layer = nn.TransformerEncoderLayer(
+                384, 6, 1536, 0.0, lambda t: F.gelu(t, approximate="tanh"), 1e-6, True, True
+            )
+            b = f"blocks.{i}."
+            layer.load_state_dict(
+                {
+                    "self_attn.in_proj_weight": w[b + "attn.qkv.weight"],
+                    "self_attn.in_proj_bias": torch.cat(
+                        [
+                            w[b + "attn.qkv.bias"][:384],
+                            torch.zeros(384),  # keys: none
+                            w[b + "attn.qkv.bias"][768:],
+                        ]
+                    ),
+                    "self_attn.out_proj.weight": w[b + "attn.proj.weight"],
+                    "self_attn.out_proj.bias": w[b + "attn.proj.bias"],
+                    "linear1.weight": w[b + "mlp.fc1.weight"],
+                    "linear1.bias": w[b + "mlp.fc1.bias"],
+                    "linear2.weight": w[b + "mlp.fc2.weight"],
+                    "linear2.bias": w[b + "mlp.fc2.bias"],
+                    **{f"norm{n}.{k}": w[f"{b}norm{n}.{k}"] for n in (1, 2) for k in ("weight", "bias")},
+                }
+            )
+            x = layer.train()(x)  # train: torch's fused path, in eval mode, cannot take this activation
+            if i in (2, 5, 8, 11):
+                expected.append(x)
+        seen = []
+        hooks = [head[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) for head in judge.heads]
+        scores = judge.eval().score(images, torch.tensor([1]))
+        for hook in hooks:
+            hook.remove()
+    assert scores.shape == (1, 5 * 196) and torch.isfinite(scores).all()
+    for ours, wanted in zip(seen, expected, strict=True):
+        wanted = (wanted[:, 1:] + wanted[:, :1]).mT
+        assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_only_the_heads_are_trained_and_saved(judge):
+    """21 million frozen weights in every checkpoint and optimiser; frozen weights that .to() leaves behind."""
+    names = set(judge.state_dict())
+    assert names and all(n.startswith("heads.") or n == "anchors" for n in names)
+    assert all(n.startswith("heads.") for n, _ in judge.named_parameters())
+    assert sum(p.numel() for p in judge.parameters()) == 5 * (384 * 385 + 384 * (9 * 384 + 1) + 385 + 4 * 384)
+    frozen = [b for n, b in judge.named_buffers() if n.startswith("dino.")]
+    assert sum(b.numel() for b in frozen) == 21_664_896  # ViT-S/16 less its last norm
+    assert {b.dtype for n, b in judge.double().named_buffers() if n.startswith("dino.")} == {torch.float64}
+    judge.float()
+
+
+def slow_head(head, x):
+    """One of the five heads in training mode, by the description: spectral norms, batch statistics, the residual."""
+
+    def conv(x, layer, pad):
+        weight = layer.parametrizations.weight.original
+        matrix, part = weight.flatten(1), layer.parametrizations.weight[0]
+        weight = weight / (part._u @ matrix @ part._v)
+        return F.conv1d(torch.cat([x[..., x.shape[-1] - pad :], x, x[..., :pad]], dim=-1), weight, layer.bias)
+
+    def block(x, layers, pad):
+        x = conv(x, layers[0], pad)
+        mean, var = x.mean((0, 2), keepdim=True), x.var((0, 2), keepdim=True, unbiased=False)
+        x = (x - mean) / (var + 1e-6).sqrt() * layers[1].weight[:, None] + layers[1].bias[:, None]
+        return torch.where(x > 0, x, 0.2 * x)
+
+    h = block(x, head[0], 0)
+    return conv((h + block(h, head[1], 4)) / math.sqrt(2), head[2], 0)[:, 0]
+
+
+def test_a_head_equals_the_slow_way(judge):
+    """Zero instead of circular padding, another eps, slope or residual scale."""
+    torch.manual_seed(0)
+    head, x = judge.heads[1], 3e-3 * torch.randn(2, 384, 196)  # small: eps 1e-5 instead of 1e-6 would show
+    judge.train()
+    with torch.no_grad():
+        h = head[0](x)
+        ours = head[2]((h + head[1](h)) * 0.5**0.5)[:, 0]
+        torch.testing.assert_close(ours, slow_head(head, x), rtol=1e-4, atol=1e-5)
+        seen = []
+        hook = head[2].register_forward_hook(lambda module, args, out: seen.append(out[:, 0]))
+        judge.dino.forward, forward = (lambda images: [x] * 5), judge.dino.forward
+        judge.score(torch.zeros(2, 3, 224, 224), torch.tensor([0]))
+        hook.remove()
+        judge.dino.forward = forward
+        torch.testing.assert_close(seen[0], slow_head(head, x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_judge_crops_large_images_half_of_the_time_and_resizes_the_rest(judge):
+    """Crops of small images, of one place only, or never; the area average where bicubic is due and vice versa."""
+    judge.dino.forward, forward = (lambda images: [images[:, :, 0, :196].repeat(1, 128, 1)] * 5), judge.dino.forward
+    shown = []
+    judge.dino.forward = lambda images, inner=judge.dino.forward: (shown.append(images), inner(images))[1]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.manual_seed(0)
+    large, crops = torch.rand(1, 3, 256, 256) * 2 - 1, set()
+    x = ((large + 1) / 2 - mean) / std
+    windows = x[0, 0].unfold(0, 224, 1).unfold(1, 224, 1)  # (33, 33, 224, 224)
+    resized = F.interpolate(x, (224, 224), mode="area")
+    with torch.no_grad():
+        for seed in range(30):
+            judge.score(large, torch.tensor([seed]))
+            got = shown.pop()
+            if not torch.allclose(got, resized, atol=1e-5):
+                place = ((windows[:, :, 0, :8] - got[0, 0, 0, :8]).abs().amax(-1) < 1e-5).nonzero()
+                assert len(place) == 1
+                ((top, left),) = place.tolist()
+                assert torch.allclose(got, x[:, :, top : top + 224, left : left + 224], atol=1e-5)
+                crops.add((top, left))
+        assert 8 <= len(crops) <= 22 and min(crops)[0] < 8 and max(crops)[0] > 24
+        small = F.interpolate(large, (64, 64), mode="area")
+        judge.score(small, torch.tensor([0]))
+    judge.dino.forward = forward
+    expected = F.interpolate(((small + 1) / 2 - mean) / std, (224, 224), mode="bicubic")
+    torch.testing.assert_close(shown.pop(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_judge_teaches_the_decoder_and_learns(judge):
+    """Frozen weights that cut the gradient to the pixels; LeCam's anchors not updated; no demand of consistency."""
+    torch.manual_seed(0)
+    judge.train()
+    real, fake = torch.rand(1, 3, 16, 16) * 2 - 1, (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
+    scores = judge(real, fake, torch.tensor([1]))
+    assert len(scores) == 4
+    loss = judge.loss(scores, 0.2, CPU)
+    loss.backward()
+    assert 0 < fake.grad.norm() < math.inf
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in judge.parameters())
+    anchors = judge.state_dict()["anchors"]
+    assert anchors[1].item() == pytest.approx(0.001 * scores[1].mean().item(), rel=1e-4)
+    hinge = (F.relu(1 - scores[0]).mean() + F.relu(1 + scores[1]).mean()) / 2
+    lecam = F.relu(scores[0] - anchors[1]).square().mean() + F.relu(anchors[0] - scores[1]).square().mean()
+    same = F.mse_loss(torch.cat(scores[:2]), torch.cat(scores[2:]))
+    assert loss.item() == pytest.approx((0.2 * (hinge + 0.001 * lecam) + 4 * same).item(), rel=1e-5)
+
+
+def test_a_wrong_dino_file_is_refused(nets, tmp_path):
+    weights = torch.load(nets / df.DINO, weights_only=True)
+    del weights["blocks.7.attn.proj.bias"]
+    save(weights, tmp_path / "d.pth")
+    with pytest.raises(df.Refused, match=r"blocks\.7\.attn\.proj\.bias is missing"):
+        df.DinoDiscriminator(tmp_path / "d.pth")
+
+
+def test_every_download_has_a_source_and_a_hash_or_none():
+    for name, (url, sha256) in df.WEIGHTS.items():
+        assert url.startswith("https://") and (sha256 is None or (len(sha256) == 64 and int(sha256, 16) >= 0))
+        named = re.search(r"-([0-9a-f]{8})\.pth$", name)  # torch's own custom: the hash in the name
+        assert named is None or sha256.startswith(named[1])
+
+
+def test_losses_never_wait_for_the_gpu(judge, lpips):
+    """A number fetched from the device in a training step: on the meta device there is none to fetch."""
+    key, images = torch.zeros(1, dtype=torch.long, device="meta"), torch.empty(2, 3, 256, 256, device="meta")
+    for weak in (True, False):
+        assert df.diff_augment(images, key, weak).shape == images.shape
+    assert copy.deepcopy(judge).to("meta").score(images, key).shape == (2, 980)
+    small = images[:, :, :16, :16]
+    assert copy.deepcopy(lpips).to("meta")(small, small, key.expand(2)).shape == (2,)
+
+
+# == 12. Data ==
 
 
 def test_shapes_are_always_the_same_balanced_and_different_from_each_other():
@@ -707,7 +1491,7 @@ def test_two_ranks_see_the_batch_of_one_process(config):
     assert sorted(seen.tolist()) == list(range(30))  # an epoch sees each image once
 
 
-# == 12 to 14. Training ==
+# == 13 to 15. Training ==
 
 
 def test_learning_rate_end_points():
@@ -875,7 +1659,7 @@ def test_ar_transformer_learns_four_sequences_by_heart(config, ar):
 
 def test_muon_takes_torchs_steps():
     """torch.optim.Muon works in bfloat16: equal to a few hundredths of a step."""
-    ours, theirs = torch.nn.Linear(6, 4, bias=False), torch.nn.Linear(6, 4, bias=False)
+    ours, theirs = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
     theirs.load_state_dict(ours.state_dict())
     optimizers = [
         df.Muon([{"params": [ours.weight]}], {"lr": 0.02, "weight_decay": 0.1}),
@@ -892,16 +1676,16 @@ def test_muon_takes_torchs_steps():
 
 
 def test_moving_average_warms_up():
-    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    torch.nn.init.ones_(model.weight)
-    torch.nn.init.zeros_(ema.weight)
+    model, ema = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(ema.weight)
     df.update_ema(ema, model, 0.9, 0)
     assert ema.weight.item() == pytest.approx(0.9)  # d = (1 + 0) / (10 + 0)
     df.update_ema(ema, model, 0.9, 10**6)
     assert ema.weight.item() == pytest.approx(0.91)  # d = 0.9
 
 
-# == 16. FID ==
+# == 17. FID ==
 
 
 def test_frechet_distance_has_its_closed_forms():
@@ -969,8 +1753,8 @@ def test_inception_pools_as_fid_wants(inception_file, tmp_path):
 
 
 def test_moments_do_not_depend_on_the_batches():
-    class Fake(torch.nn.Module):
-        fc = torch.nn.Linear(1, 1008)
+    class Fake(nn.Module):
+        fc = nn.Linear(1, 1008)
 
         def forward(self, pixels):
             x = pixels.flatten(1)[:, :64].float() / 99
