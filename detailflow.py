@@ -175,6 +175,7 @@ class Config:
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
+    gpt: str = setting("AR transformer", "", "B, L or XL set width, depth and heads", one_of=("", "B", "L", "XL"))
     ar_width: int = setting("AR transformer", 160, "width", 1)
     ar_depth: int = setting("AR transformer", 4, "layers", 1)
     ar_heads: int = setting("AR transformer", 4, "attention heads", 1)
@@ -210,6 +211,8 @@ class Config:
         self.causal_num = self.group_size if self.causal_num == -1 else self.causal_num
         self.enc_mlp, self.dec_mlp = self.enc_mlp or 4 * self.enc_width, self.dec_mlp or 4 * self.dec_width
         self.dec_patch_size = self.dec_patch_size or self.patch_size
+        if self.gpt:
+            self.ar_width, self.ar_depth, self.ar_heads = GPT_SIZES[self.gpt]
         self.ar_mlp = self.ar_mlp or 256 * math.ceil(int(8 * self.ar_width / 3) / 256)
         for name, unit in (("num_tokens", "group_size"), ("causal_num", "group_size"), ("image_size", "patch_size"),
                            ("image_size", "dec_patch_size"), ("enc_width", "enc_heads"), ("dec_width", "dec_heads"),
@@ -223,9 +226,11 @@ class Config:
         require(self.num_tokens >= least, f"num_tokens must hold causal_num and a group: at least {least}",
                 self.num_tokens)
         require(self.noise_topk <= most, f"noise_topk must not exceed codebook_size {most}", self.noise_topk)
+        require(self.min_size <= self.image_size, f"min_size must not exceed image_size {self.image_size}", self.min_size)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
+GPT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1280, 36, 20)}
 EPOCH = 5004    # steps: 1,281,167 images in batches of 256
 PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "data": "imagenet", "image_size": 256, "num_classes": 1000, "group_size": 8, "patch_size": 16,
@@ -1638,7 +1643,9 @@ def wrap(module, config, machine):
     for layer in module.modules():
         if config.compile and isinstance(layer, (Block, ARBlock)):
             layer.compile()
-    return module if machine.world == 1 else DistributedDataParallel(module, find_unused_parameters=True)
+    if machine.world == 1:
+        return module
+    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all have the same
 
 def count_parameters(module):
     return f"{sum(p.numel() for p in module.parameters()):,}"

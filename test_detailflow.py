@@ -348,6 +348,22 @@ def test_prefixes_are_drawn_full_with_the_probability_asked_for(config):
     assert abs(sum(n < 12 for *_, n in drawn) / 2000 - config.coarse_prob) < 0.05
 
 
+def test_dynamic_resolution_draws_sizes_of_the_mapping_with_the_tokens_they_are_worth(tmp_path):
+    """Paper, A.4; the authors' get_input_output_img: fewer tokens encode and decode a smaller image."""
+    config = df.Config(**TINY | {"dynamic_prob": 0.5, "min_size": 10})
+    drawn = [df.draw_prefix(config, df.fold(df.root_key(0, "test"), i)) for i in range(1000)]
+    best = df.best_prefix(config)
+    assert {(side, count) for side, count, _ in drawn} == {(s, n) for s, n in best.items() if s >= 10}
+    assert abs(sum(side == 12 for side, *_ in drawn) / 1000 - 1 / 3) < 0.05  # of 10 .. 16, two thirds are nearer to 12
+    assert all(n <= count for _, count, n in drawn)
+    run(tmp_path, "--stage", "tokenizer", dynamic_prob=1.0, min_size=10, tok_steps=4)
+    tokenizer = df.Tokenizer(config)
+    x = images(2, 12)
+    out = tokenizer(x, best[12], *df.draw_noise(config, torch.arange(2), best[12]), best[12])
+    assert out.pixels.shape == (4, 3, 12, 12) and out.codes.shape == (2, best[12])
+    assert torch.equal(out.codes, tokenizer.encode(x)[:, : best[12]])
+
+
 # == 9. AR transformer ==
 
 
@@ -1388,6 +1404,15 @@ def test_the_judge_teaches_the_decoder_and_learns(judge):
     assert loss.item() == pytest.approx((0.2 * (hinge + 0.001 * lecam) + 4 * same).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 256])
+def test_the_judge_sees_images_of_any_size(judge, size):
+    images = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
+    scores = judge.judge(images, torch.tensor([3]))
+    scores.sum().backward()
+    assert scores.shape == (2, 980) and scores.isfinite().all()
+    assert images.grad.isfinite().all() and images.grad.any()
+
+
 def test_a_wrong_dino_file_is_refused(nets, tmp_path):
     weights = torch.load(nets / df.DINO, weights_only=True)
     del weights["blocks.7.attn.proj.bias"]
@@ -1820,6 +1845,29 @@ def test_sample_draws_grids_strips_npz_and_rebuilds_a_picture(trained, tmp_path)
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     assert sample.main(["--run", str(trained), "--out", str(tmp_path), "--image", str(tmp_path / "red.png")]) == 0
     assert (tmp_path / "rebuilt.png").exists()
+
+
+@needs_shared
+def test_the_authors_folders_sample_and_are_measured(theirs, tmp_path, capsys):
+    """One command each, from two downloaded folders alone."""
+    paths = []
+    for kind in ("tokenizer", "ar"):
+        v = theirs[kind]
+        paths += [f"--{kind}", str(folder(tmp_path / kind, v["state_dict"], heads(v["config"]), ("model", "ema")))]
+    assert sample.main([*paths, "--out", str(tmp_path), "--classes", "3", "7", "--num", "4"]) == 0
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (2 * 66 + 2, 2 * 66 + 2)
+    npz = tmp_path / "a.npz"
+    assert sample.main([*paths, "--num", "10", "--random-classes", "--npz", str(npz)]) == 0
+    with np.load(npz) as drawn:
+        assert drawn["arr_0"].shape == (10, 64, 64, 3) and len(set(drawn["arr_1"].tolist())) > 3
+    assert not list(tmp_path.glob("*.npy"))
+    assert df.main([*paths, "--stage", "eval", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["config"]["num_tokens"] == 16 and "psnr_16_tokens" in results["tokenizer"]
+    swapped = ["--tokenizer", paths[3], "--ar", paths[1]]
+    assert sample.main([*swapped, "--out", str(tmp_path)]) == 2
+    assert "must hold a Tokenizer, got ARTransformer" in capsys.readouterr().err
 
 
 def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
