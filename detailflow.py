@@ -226,7 +226,7 @@ class Config:
         require(self.num_tokens >= least, f"num_tokens must hold causal_num and a group: at least {least}",
                 self.num_tokens)
         require(self.noise_topk <= most, f"noise_topk must not exceed codebook_size {most}", self.noise_topk)
-        require(self.min_size <= self.image_size, f"min_size must not exceed image_size {self.image_size}", self.min_size)
+        require(self.min_size <= self.image_size, f"min_size must not exceed {self.image_size}", self.min_size)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
