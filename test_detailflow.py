@@ -433,6 +433,19 @@ def test_cached_generation_equals_the_slow_reference_in_g_plus_groups_minus_one_
     assert torch.equal(df.generate(model, torch.arange(5), **settings, num_tokens=6), fast[:, :6])
 
 
+def test_packed_weights_follow_the_model(ar):
+    """A copy of the weights that is out of date; a layer that stays bent to it."""
+    labels, settings = torch.arange(8), {"seeds": range(8), "guidance": 1.5}
+    before = df.generate(ar, labels, **settings)
+    with torch.no_grad():
+        for p in ar.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    after = df.generate(ar, labels, **settings)
+    assert torch.equal(after, df.generate(ar, labels, **settings, slow=True)) and not torch.equal(after, before)
+    assert all("forward" not in vars(m) for m in ar.modules())
+    assert torch.equal(df.generate(copy.deepcopy(ar), labels, **settings), after)
+
+
 def test_generation_works_under_bfloat16_autocast(ar):
     with df.Machine(torch.device("cpu"), torch.bfloat16).autocast():
         fast, slow = (df.generate(ar, torch.arange(4), 1.5, temperature=0, slow=slow) for slow in (False, True))
