@@ -20,13 +20,14 @@ Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first 
           size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads
 
 Contents  1 randomness as a function    2 settings    3 resolution mapping R(n)    4 the mask    5 vision transformer
-          6 quantiser    7 tokenizer and self-correction    8 discriminator    9 AR transformer    10 generation
-          11 data    12 training, shared    13 tokenizer stage    14 AR stage    15 pictures    16 FID
-          17 evaluation    18 command line
+          6 quantiser    7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
+          11 published weights (paper scale: skip it at first)    12 data    13 training, shared    14 tokenizer stage
+          15 AR stage    16 pictures    17 FID    18 evaluation    19 benchmark    20 command line
 
 Where we leave the authors' code (ByteFlow-AI/DetailFlow), which else wins over the paper: generation keeps a KV cache;
 patches are encoded once for both self-correction passes; the noise position is drawn for each image, not each batch;
-averaged weights warm up; small presets train with Muon, revive unused codes and start learned queries larger.
+averaged weights warm up; the discriminator first sees images when its loss starts; small presets train with Muon,
+revive unused codes and start learned queries larger.
 """
 import argparse
 import contextlib
@@ -61,6 +62,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
@@ -1314,6 +1316,7 @@ def loss_networks(config, machine, model):
 
 # == 12. Data ==========================================================================================================
 
+BUILT_IN = "shapes", "cifar10"                      # small sets, kept on the device; all else is a folder
 Image.MAX_IMAGE_PIXELS = None                       # huge pictures are welcome
 
 def to_float(pixels):
@@ -1733,16 +1736,16 @@ def load_model(path, stage, device="cpu", ema=True):
     return model.to(device).eval().requires_grad_(False), state["about"]
 
 def load_pair(tokenizer_path, ar_path, device, ema=True):
-    """A tokenizer and an AR transformer that fit each other -> both, and the names of the classes. Raises Refused."""
-    tokenizer, about = load_model(tokenizer_path, "tokenizer", device, ema)
+    """A tokenizer and an AR transformer that fit each other -> both, and the names of the classes, None for the
+    authors'. Raises Refused."""
+    tokenizer, _ = load_model(tokenizer_path, "tokenizer", device, ema)
     model, made_with = load_model(ar_path, "ar", device, ema)
     ours, theirs = ([getattr(m.config, name) for name in ("num_tokens", "group_size", "causal_num", "codebook_size")]
                     for m in (tokenizer, model))
     require(ours == theirs, f"{ar_path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
     if ema and made_with.get("tokenizer") not in (None, fingerprint(tokenizer)):
         raise Refused(f"{ar_path} was trained on codes of another tokenizer than {tokenizer_path}: delete it")
-    names = made_with.get("classes") or about.get("classes") or [str(i) for i in range(model.config.num_classes)]
-    return tokenizer, model, names
+    return tokenizer, model, made_with.get("classes")
 
 def fill_file(path, record, machine, images, work):
     """A memory-mapped array of records, made when it is missing: each process fills its share, and the file gets its
@@ -1924,30 +1927,29 @@ def train_tokenizer(config, machine):
 
 def load_tokenizer(config, machine):
     """OUT/tokenizer.pt, if it is the one that the settings describe; or the one that --tokenizer names, which then
-    makes the settings -> Tokenizer, about. Raises Refused."""
+    makes the settings. Raises Refused."""
     path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
-    tokenizer, about = load_model(path, "tokenizer", machine.device)
+    tokenizer, _ = load_model(path, "tokenizer", machine.device)
     for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
         old, new = getattr(tokenizer.config, name), getattr(config, name)
         require(config.tokenizer or old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
         setattr(config, name, old)
-    return tokenizer, about | {"tokenizer": fingerprint(tokenizer)}
+    return tokenizer
 
-def extract_codes(config, machine, tokenizer, about):
+def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
     One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
     times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
     comes from what went into it, so that another tokenizer makes another file."""
-    folder = config.data not in ("shapes", "cifar10")
-    side, views = (int(1.1 * config.image_size), 10) if folder else (config.image_size, 2)
-    images = open_data(config, machine, "train", side=side)
-    made_of = json.dumps([about, config.data, len(images), side, config.seed, config.noise_topk, config.correction])
-    path = Path(config.out) / f"codes-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
+    views = 2 if config.data in BUILT_IN else 10
+    made_of = [fingerprint(tokenizer), images.classes, len(images), config.data, config.image_size, config.seed,
+               config.noise_topk, config.correction]
+    path = Path(config.out) / f"codes-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npy"
 
     def work(todo):
         for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
             x = to_float(pixels.to(machine.device))
-            crops = TF.ten_crop(x, config.image_size) if folder else (x, x.flip(3))
+            crops = TF.ten_crop(x, config.image_size) if views == 10 else (x, x.flip(3))
             x = torch.stack(crops, dim=1).flatten(0, 1)                                     # (b * views, 3, R, R)
             place = torch.tensor(rows)[:, None] * views + torch.arange(views)
             keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
@@ -1978,9 +1980,10 @@ def ar_batch(config, machine, codes, step):
 
 def train_ar(config, machine):
     """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
-    out, (tokenizer, about) = Path(config.out), load_tokenizer(config, machine)
-    val = open_data(config, machine, "val", classes=about.get("classes"))
-    about = {"classes": val.classes} | about
+    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
+    side = config.image_size if config.data in BUILT_IN else int(1.1 * config.image_size)
+    images = open_data(config, machine, "train", side=side)
+    about = {"classes": images.classes, "images": len(images), "tokenizer": fingerprint(tokenizer)}
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
@@ -1992,7 +1995,8 @@ def train_ar(config, machine):
                 f"a blind guess has loss ln V = {math.log(config.codebook_size):.3f}")
     if start >= config.ar_steps:
         return
-    codes = extract_codes(config, machine, tokenizer, about)
+    codes = extract_codes(config, machine, tokenizer, images)
+    val = open_data(config, machine, "val", classes=images.classes)
     held_out = encode_images(config, machine, tokenizer, val, 512)
     distributed = wrap(model, config, machine)
     progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
@@ -2258,11 +2262,12 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
 
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
-    out, (_, about) = Path(config.out), load_tokenizer(config, machine)
+    out = Path(config.out)
+    load_tokenizer(config, machine)                     # the settings fit it, or follow it
     paths = config.tokenizer or out / "tokenizer.pt", config.ar or out / "ar.pt"
-    tokenizer, model, _ = load_pair(*paths, machine.device)
+    tokenizer, model, classes = load_pair(*paths, machine.device)
     config.num_classes = model.config.num_classes
-    val = open_data(config, machine, "val", classes=about.get("classes"))
+    val = open_data(config, machine, "val", classes=classes)
     results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
     found = results["tokenizer"] = measure_tokenizer(config, machine, tokenizer, val)
     loss, G = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)), config.group_size
@@ -2296,13 +2301,120 @@ def evaluate(config, machine):
     if machine.rank == 0:
         write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
 
-# == 19. Command line ==================================================================================================
+# == 19. Benchmark: how fast, and how far from what the machine allows =================================================
+
+class Bench:
+    """Times work and prints a JSON line for each: median seconds, units/s, and the share reached of the floor: the
+    larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        big, dtype = torch.zeros(2**26, device=machine.device), machine.dtype               # 256 MB
+        square = torch.ones(2048, 2048, device=machine.device, dtype=dtype)
+        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: big.clone(), 5)[0]           # read and written
+        self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square, 5)[0]
+        gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
+        self.say(gpu=gpu, threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(dtype),
+                 copy_GB_per_s=self.bandwidth / 1e9, matmul_TFLOP_per_s=self.rate / 1e12)
+
+    def say(self, **record):
+        self.machine.say(json.dumps({k: float(f"{v:.4g}") if type(v) is float else v for k, v in record.items()}))
+
+    def seconds(self, work, repeat):
+        """(median time, time of the first call, which compiles and warms up), the device waited for."""
+        times = []
+        for _ in range(repeat + 1):
+            start = time.perf_counter()
+            work()
+            if self.machine.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return float(np.median(times[1:])), times[0]
+
+    def run(self, what, units, work, moved, repeat=3, **more):
+        """Time work(), which makes `units` images and has to move at least `moved` bytes."""
+        packed_flops = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *rest, **more: 2 * math.prod(x) * w[0]}
+        with FlopCounterMode(display=False, custom_mapping=packed_flops) as counted:
+            work()
+        if self.machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        median, first = self.seconds(work, repeat)
+        flops, peak = counted.get_total_flops(), {}
+        if self.machine.device.type == "cuda":
+            peak = {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+        self.say(what=what, seconds=median, first_seconds=first, images_per_s=units / median, gflop=flops / 1e9,
+                 share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median, **peak, **more)
+
+def weight_bytes(module):
+    return sum(p.nbytes for p in module.parameters())
+
+def bench_sampling(bench, tokenizer, model, batches, **settings):
+    """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
+    config, machine = model.config, bench.machine
+    passes = len(decoding_spans(config, config.num_tokens))
+    for batch in batches:
+        labels, seeds = torch.arange(batch) % config.num_classes, torch.arange(batch)
+        with machine.autocast(), torch.no_grad():
+            codes = generate(model, labels, **settings, seeds=seeds)
+            bench.run("sample: codes", batch, lambda y=labels, i=seeds: generate(model, y, **settings, seeds=i),
+                      passes * (weight_bytes(model) - weight_bytes(model.code_embed)), batch=batch, passes=passes)
+            bench.run("sample: pixels", batch, lambda z=codes: tokenizer.decode(z), weight_bytes(tokenizer.decoder),
+                      batch=batch, image_size=tokenizer.config.image_size)
+
+def bench_training(bench, config):
+    """A step of each stage with random weights and data: with and without self-correction; and the extraction."""
+    machine, device = bench.machine, bench.machine.device
+    tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
+    tok_batch, ar_batch = config.tok_batch // machine.world, config.ar_batch // machine.world
+    images = torch.rand(tok_batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    keys = torch.arange(max(tok_batch, ar_batch), device=device)
+    noise = draw_noise(config, keys[:tok_batch], config.num_tokens)
+    codes = torch.randint(config.codebook_size, (ar_batch, config.num_tokens), device=device)
+    tokenizer_optimizers = Optimizers(tokenizer, config.optimizer, 0.0)
+    model_optimizers = Optimizers(model, config.optimizer, 0.0)
+    wrap(tokenizer, config, machine), wrap(model, config, machine)
+
+    def tokenizer_step(noise):
+        with machine.autocast():
+            out = tokenizer(images, config.num_tokens, *noise)
+            loss = F.mse_loss(out.pixels, images.repeat(len(out.pixels) // tok_batch, 1, 1, 1)) + out.code_loss
+        loss.backward()
+        tokenizer_optimizers.step(0.0)
+
+    def model_step():
+        with machine.autocast():
+            logits = model(codes[:, 0] % config.num_classes, codes, keys[:ar_batch])
+        F.cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
+        model_optimizers.step(0.0)
+
+    def extract():
+        with machine.autocast():
+            tokenizer.triples(images, keys[:tok_batch])
+
+    optimizer_bytes = 10 * weight_bytes(tokenizer), 10 * weight_bytes(model)    # weights, gradients, moments: both ways
+    for what, way in (("with", noise), ("without", (None, None))):
+        bench.run(f"train tokenizer, {what} self-correction", tok_batch, lambda way=way: tokenizer_step(way),
+                  optimizer_bytes[0], batch=tok_batch)
+    bench.run("train AR transformer", ar_batch, model_step, optimizer_bytes[1], batch=ar_batch)
+    bench.run("extract codes", tok_batch, extract, weight_bytes(tokenizer.encoder), batch=tok_batch)
+
+def benchmark(config, machine):
+    """Random weights of the settings' sizes, so that any preset can be timed without a checkpoint."""
+    bench = Bench(machine)
+    tokenizer, model = (kind(config).to(machine.device).eval() for kind in (Tokenizer, ARTransformer))
+    nn.init.normal_(model.output.weight, std=0.02)
+    bench_sampling(bench, tokenizer, model, (1, 4, config.eval_batch), **sampling_settings(config))
+    del tokenizer, model
+    bench_training(bench, config)
+
+# == 20. Command line ==================================================================================================
 
 def parse(argv):
     """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes the defaults."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
-    common.add_argument("--stage", choices=("tokenizer", "ar", "eval", "all"), default="all", help="what to do [all]")
+    stages = "all", "tokenizer", "ar", "eval", "bench"
+    common.add_argument("--stage", choices=stages, default="all", help="what to do; all: the next three [all]")
     common.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
     preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
     parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False,
@@ -2344,11 +2456,12 @@ def main(argv=None):
         for batch in ("tok_batch", "ar_batch"):
             parts, size = machine.world * config.accum, getattr(config, batch)
             require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
-        if config.data not in ("shapes", "cifar10"):
+        if config.data not in BUILT_IN:
             config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
         with alone(Path(config.out), machine):
-            for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate)):
-                if stage in (name, "all"):
+            for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate),
+                               ("bench", benchmark)):
+                if stage == name or (stage == "all" and name != "bench"):
                     work(config, machine)
         return 0
     except (Refused, OSError) as error:     # OSError: a folder that can't be made, a disk that is full, ...

@@ -38,6 +38,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="image i has seed + i, whatever the batch [0]")
     parser.add_argument("--batch", type=int, default=100, help="images at once [100]")
     parser.add_argument("--random-classes", action="store_true", help="as the authors' evaluation does")
+    parser.add_argument("--bench", nargs="?", const="", metavar="PRESET",
+                        help="time drawing at batch 1, 4 and --batch; with a preset: random weights of its sizes")
     parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     for name in SETTINGS:
         field = df.Config.__dataclass_fields__[name]
@@ -123,9 +125,20 @@ def main(argv=None):
             tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
             rebuild(args, tokenizer, machine, out)
             return 0
+        if args.bench:
+            df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
+            config = df.Config(**df.PRESETS[args.bench] | given)
+            tokenizer, model = (kind(config).to(machine.device).eval() for kind in (df.Tokenizer, df.ARTransformer))
+            torch.nn.init.normal_(model.output.weight, std=0.02)
+            df.bench_sampling(df.Bench(machine), tokenizer, model, (1, 4, args.batch), **df.sampling_settings(config))
+            return 0
         tokenizer, model, names = df.load_pair(*paths, machine.device, ema=not args.no_ema)
         model.config = dataclasses.replace(model.config, **given)
-        draw(args, tokenizer, model, machine, names, out)
+        if args.bench is not None:
+            settings = df.sampling_settings(model.config)
+            df.bench_sampling(df.Bench(machine), tokenizer, model, (1, 4, args.batch), **settings)
+            return 0
+        draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
         return 0
     except (df.Refused, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
