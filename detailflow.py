@@ -2438,8 +2438,8 @@ def alone(folder, machine):
     with open(folder / ".lock", "w") as file:
         try:
             if machine.rank == 0:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, no worker inherits it
+        except (BlockingIOError, PermissionError):
             raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
         yield
 
