@@ -1622,14 +1622,15 @@ class Optimizers:
 
     def step(self, lr):
         """One step with the gradient clipped at norm 1 -> its norm before. A gradient that is not finite changes
-        nothing; ten of them in a row are refused. (Asked every ten steps, for the answer makes the device wait.)"""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        nothing; ten of them in a row are refused. (A GPU, which would have to wait, is asked every ten steps.)"""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         bad = (~norm.isfinite()).float()
         self.steps, self.bad_in_a_row = self.steps + 1, (self.bad_in_a_row + 1) * bad
-        if self.steps % 10 == 0 and self.bad_in_a_row >= 10:
+        if (self.steps % 10 == 0 or bad.device.type == "cpu") and self.bad_in_a_row >= 10:
             names = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             raise Refused(f"ten steps in a row had gradients that are not finite, first of {', '.join(names[:3])}: "
                           "the last checkpoint is good; try a lower learning rate")
+        torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), 1.0, norm)   # (a norm of NaN spoils them all)
         for optimizer in self.parts.values():
             optimizer.found_inf = bad
             for group in optimizer.param_groups:
@@ -1637,6 +1638,10 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return norm
+
+def backward(loss):
+    """Gradients; none is finite of a loss that is not, whatever its own gradient: so Optimizers.step() will see it."""
+    loss.backward(1 + 0 * loss.detach())
 
 def update_ema(ema, module, decay, step):
     """ema <- d ema + (1 - d) module with d = min(decay, (1 + step) / (10 + step)): early weights soon fade."""
@@ -1814,13 +1819,19 @@ class Progress:
                 self.bar.write(f"{self.stage} {step:6d}/{self.steps}  {text}")
 
     def step(self, done, lr, **values):
-        """Count a step; every log_every steps write the means since the last line -> is a checkpoint due?"""
+        """Count a step; every log_every steps write the means since the last line -> is a checkpoint due?
+        A step whose gradient was not finite is left out of the means, and counted: as `skipped`."""
         self.bar.update()
         self.count += 1
-        self.sums = {name: self.sums.get(name, 0) + value.detach() for name, value in values.items()}
+        taken = torch.stack([v for name, v in values.items() if name.endswith("norm")]).isfinite().all().float()
+        values = {name: value.detach().nan_to_num(0, 0, 0) * taken for name, value in values.items()}
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"taken": taken}).items()}
         if done % self.config.log_every == 0 or done == self.steps:
-            means = {k: self.machine.total(v / self.count).item() / self.machine.world for k, v in self.sums.items()}
-            record = {"lr": lr, "images_per_s": self.count * self.batch / (time.time() - self.since)} | means
+            sums = {name: self.machine.total(value).item() / self.machine.world for name, value in self.sums.items()}
+            taken = sums.pop("taken")
+            record = {"lr": lr, "images_per_s": self.count * self.batch / (time.time() - self.since),
+                      **{name: value / max(taken, 1) for name, value in sums.items()},
+                      "skipped": self.count - round(taken)}
             self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             self.sums, self.count, self.since = {}, 0, time.time()
         if self.machine.world > 1:                      # processes must agree, at every tenth step
@@ -1893,7 +1904,7 @@ def train_tokenizer(config, machine):
                     losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, teacher(part))
                 if adversarial:
                     losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
-            (sum(losses.values()) / config.accum).backward()
+            backward(sum(losses.values()) / config.accum)
             model.quantizer.track(tokens.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
             results.append((target, tokens.pixels.detach(), tokens.latents))
@@ -1911,9 +1922,9 @@ def train_tokenizer(config, machine):
                 with machine.autocast():
                     scores = distributed_judge(target, pixels, fold(judge_key, 1))
                 judge_loss = judge.loss(scores, config.disc_weight, machine)
-                (judge_loss / config.accum).backward()
+                backward(judge_loss / config.accum)
                 values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
-            judge_optimizers.step(lr)
+            values["judge_grad_norm"] = judge_optimizers.step(lr)
 
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
@@ -2009,7 +2020,7 @@ def train_ar(config, machine):
             with machine.autocast():
                 logits = distributed(labels, shown, keys)                                   # (b, N, V)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
-            loss.backward()
+            backward(loss)
             mean_loss = mean_loss + loss
         norm = optimizers.step(lr)
         update_ema(ema, model, config.ar_ema, step)
