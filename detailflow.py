@@ -35,6 +35,7 @@ import copy
 import fcntl
 import functools
 import hashlib
+import http.client
 import itertools
 import json
 import math
@@ -46,6 +47,7 @@ import signal
 import sys
 import time
 import types
+import urllib.request
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -920,15 +922,36 @@ WEIGHTS = {     # file: (address, SHA-256, or None where nobody publishes one: t
     DINO: ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/" + DINO, None),
     SIGLIP: ("https://huggingface.co/google/siglip2-so400m-patch16-naflex/resolve/main/model.safetensors", None)}
 
+def download(url, path, sha256):
+    """Fetch a file; it gets its name only when it is whole and its hash is right. Raises OSError and the like."""
+    request = urllib.request.Request(url, headers={"User-Agent": "detailflow"})
+    aside, digest = path.with_name(f"{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
+    try:
+        with urllib.request.urlopen(request, timeout=30) as source, open(aside, "wb") as file:
+            length = int(source.headers.get("Content-Length", 0))
+            with tqdm(total=length or None, desc=path.name, unit="B", unit_scale=True) as bar:
+                while chunk := source.read(2**20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            if length not in (0, file.tell()):
+                raise OSError(f"{file.tell()} of {length} bytes came")
+        if sha256 not in (None, digest.hexdigest()):
+            raise OSError(f"SHA-256 is {digest.hexdigest()}, not {sha256}")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
 def published(name, folder=""):
-    """Path of a published file in `folder` [CACHE], fetched when it is not there; it gets its name only when it is
-    whole and its hash is right. Raises Refused, which says where to put it by hand."""
+    """Path of a published file in `folder` [CACHE], fetched when it is not there. Raises Refused, which says where to
+    put it by hand."""
+    require(name in WEIGHTS, f"published files are {', '.join(WEIGHTS)}", repr(name))
     (url, sha256), path = WEIGHTS[name], Path(folder or CACHE) / name
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError) as error:
+            download(url, path, sha256)
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise Refused(f"{url} can't be downloaded ({error}): put it at {path}, or name another folder that has it: "
                           "--weights FOLDER") from error
     return path
