@@ -1415,14 +1415,29 @@ def crop(image, side, share=1.0, u=None):
     image = image.crop((left, top, left + side, top + side))
     return image.transpose(Image.FLIP_LEFT_RIGHT) if u is not None and u[3] < 0.5 else image
 
+def read_picture(path):
+    """The picture in a file, RGB, the first of an animation. Raises Refused."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
+                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:      # Pillow's decoders raise a dozen kinds
+        raise Refused(f"{path} can't be read as a picture ({type(error).__name__}: {error})") from error
+
 class Folder(torch.utils.data.Dataset):
     """Images in class folders, as uint8 (3, side, side): item i is a centre crop, item (i, key) a random one.
     With train/ and val/ (or test/) in the folder these are the splits; else every 20th image is kept for validation.
-    A broken file is named, and the next one takes its place. Raises Refused: no images, or too many broken."""
+    A broken file is named once, and the next of its class takes its place. Raises Refused: no images, a class without
+    any, or too many broken."""
+    broken = functools.cache(lambda *key: torch.zeros(key[-1], dtype=torch.bool).share_memory_())   # by all workers
 
     def __init__(self, root, split, side, share=1.0, classes=None):
         root, self.side, self.share = Path(root), side, share
         require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
+        splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+        require(not splits or ("train" in splits and len(splits) > 1),
+                f"{root} must hold train and val (or test), or class folders alone", " and ".join(splits))
         names = ["train"] if split == "train" else ["val", "test"]
         part = next((root / name for name in names if (root / name).is_dir()), root)
         kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
@@ -1438,26 +1453,29 @@ class Folder(torch.utils.data.Dataset):
         require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
         self.paths = [path for path, _ in samples]
         self.labels = torch.tensor([self.classes.index(found.classes[label]) for _, label in samples])
-        self.broken = torch.zeros(len(samples), dtype=torch.bool).share_memory_()       # by all workers
+        full = {found.classes[label] for _, label in found.samples}
+        empty = [name for name in self.classes if name not in full and split == "train"]
+        require(not empty, f"every class folder of {part} must hold images, {kinds}", "none in " + ", ".join(empty[:5]))
+        self.broken = Folder.broken(root, split, len(samples))
 
     def __len__(self):
         return len(self.paths)
 
     def read(self, index):
-        """The picture in file number `index`, RGB; of the next file that can be read where that one is broken."""
-        try:
-            with Image.open(self.paths[index]) as image:
-                if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
-                    image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            if not self.broken[index]:
-                self.broken[index] = True
-                print(f"\nskipped: broken image {self.paths[index]} ({error})", file=sys.stderr)
-            count = int(self.broken.sum())
-            require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
-                    f"{count} of {len(self)}, the last {self.paths[index]}")
-            return self.read((index + 1) % len(self))
+        """The picture in file number `index`, RGB; of the next of its class that can be read where that is broken."""
+        while True:
+            try:
+                return read_picture(self.paths[index])
+            except Refused as error:
+                new, self.broken[index] = not self.broken[index], True
+                count = int(self.broken.sum())
+                if new:
+                    print(f"\nskipped: broken image {count} of {len(self)}: {error}", file=sys.stderr)
+                require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
+                        f"{count} of {len(self)}, the last {self.paths[index]}")
+                others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
+                require(others, "every class must have an image that is not broken", self.classes[self.labels[index]])
+                index = next((i for i in others if i > index), others[0])
 
     def __getitem__(self, item):
         index, key = item if isinstance(item, tuple) else (item, None)

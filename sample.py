@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import detailflow as df
 
@@ -59,11 +58,7 @@ def class_numbers(wanted, names):
 
 def rebuild(args, tokenizer, machine, out):
     """Write rebuilt.png: the picture from 1 ... N tokens, and itself."""
-    try:
-        with Image.open(args.image) as image:
-            picture = df.crop(image.convert("RGB"), tokenizer.config.image_size)
-    except (OSError, ValueError) as error:
-        raise df.Refused(f"--image {args.image} can't be read as a picture ({error})") from error
+    picture = df.crop(df.read_picture(args.image), tokenizer.config.image_size)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(machine.device)
     df.save_picture(df.reconstructions(tokenizer, pixels), out / "rebuilt.png")
     print(f"{out / 'rebuilt.png'}: from {df.strip_lengths(tokenizer.config)} tokens, then the picture itself")
