@@ -1736,6 +1736,15 @@ def save_checkpoint(path, config, stage, step, about, parts):
     with written_whole(path) as file:
         torch.save(state, file)
 
+@contextlib.contextmanager
+def fits(path):
+    """What goes wrong inside is the fault of the file at `path`. Raises Refused."""
+    try:
+        yield
+    except (Refused, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"{path} does not fit ({type(error).__name__}: {reason}): delete it and train again") from error
+
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
     try:
@@ -1746,9 +1755,10 @@ def load_checkpoint(path, stage):
         raise Refused(f"{path} is not a checkpoint ({type(error).__name__}): delete it and train again") from error
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("stage") != stage:
         raise Refused(f"{path} is not a checkpoint of the {stage} stage of this version of detailflow.py")
-    unknown = set(state["config"]) - {f.name for f in fields(Config)}
-    require(not unknown, f"{path} must have settings that this version of detailflow.py knows", ", ".join(unknown))
-    return state | {"config": Config(**state["config"])}
+    with fits(path):
+        unknown = set(state["config"]) - {f.name for f in fields(Config)}
+        require(not unknown, "its settings must be known to this version of detailflow.py", ", ".join(unknown))
+        return state | {"config": Config(**state["config"]), "about": dict(state["about"]), "step": int(state["step"])}
 
 def resume(path, config, stage, groups, about, parts):
     """Restore `parts` from the checkpoint at `path`, if there is one -> steps done. Raises Refused.
@@ -1763,9 +1773,10 @@ def resume(path, config, stage, groups, about, parts):
     changes += [(name, state["about"].get(name), value) for name, value in about.items()]
     if changed := [f"{name} {old} -> {new}" for name, old, new in changes if old != new]:
         raise Refused(f"{path} was trained otherwise ({'; '.join(changed)}): choose another --out, or delete it")
-    for name, part in parts.items():
-        if part is not None:
-            part.load_state_dict(state[name])
+    with fits(path):
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
     return state["step"]
 
 def load_model(path, stage, device="cpu", ema=True):
@@ -1777,8 +1788,9 @@ def load_model(path, stage, device="cpu", ema=True):
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
         return model.to(device), {}                 # their files name no classes
     state = load_checkpoint(Path(path), stage)
-    model = kind(state["config"])
-    model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
+    with fits(path):
+        model = kind(state["config"])
+        model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
     return model.to(device).eval().requires_grad_(False), state["about"]
 
 def load_pair(tokenizer_path, ar_path, device, ema=True):
@@ -1836,9 +1848,10 @@ class Progress:
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
         if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
-            lines = self.path.read_text().splitlines(keepends=True)
-            records = [json.loads(line) for line in lines if line.endswith("\n")]      # a kill may tear the last line
-            records = [r for r in records if r["stage"] != stage or r["step"] <= start]
+            with fits(self.path):
+                lines = self.path.read_text().splitlines(keepends=True)
+                records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may tear the last line
+                records = [r for r in records if r["stage"] != stage or r["step"] <= start]
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
