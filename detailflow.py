@@ -77,6 +77,13 @@ def require(good, wanted, got):
     if not good:
         raise Refused(f"{wanted}, got {got}")
 
+INTEGERS = torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8
+
+def tensor(value, name):
+    """The value, refused when it is no tensor."""
+    require(isinstance(value, torch.Tensor), f"{name} must be a tensor", type(value).__name__)
+    return value
+
 # == 1. Randomness as a function =======================================================================================
 
 # Every random number of a run is a pure function of the seed, what it is for and which sample it is for; there is no
@@ -128,7 +135,7 @@ class Config:
     device: str = setting("run", "auto", "auto, cpu, cuda or cuda:0, ...")
     dtype: str = setting("run", "auto", "auto: bfloat16 on CUDA, else float32", one_of=("auto", "float32", "bfloat16"))
     compile: bool = setting("run", False, "torch.compile the transformer blocks")
-    workers: int = setting("run", 4, "processes that decode image files")
+    workers: int = setting("run", 4, "processes that decode image files", high=256)
     weights: str = setting("run", "", "folder of published weights, downloaded into it when missing [torch's cache]")
     tokenizer: str = setting("run", "", "a tokenizer to use, ours or the authors' folder [OUT/tokenizer.pt]")
     ar: str = setting("run", "", "an AR transformer to measure, ours or the authors' folder [OUT/ar.pt]")
@@ -137,27 +144,27 @@ class Config:
     optimizer: str = setting("training", "muon", "for the transformers' matrices", one_of=("muon", "adamw"))
     accum: int = setting("training", 1, "parts a process splits its batch into, to save memory", 1)
     data: str = setting("data", "shapes", "shapes (drawn), cifar10 (downloaded) or a folder of image class folders")
-    image_size: int = setting("data", 32, "R, side of the square images in pixels", 1)
-    num_classes: int = setting("data", 10, "classes; training takes it from the data", 1)
+    image_size: int = setting("data", 32, "R, side of the square images in pixels", 1, 8192)
+    num_classes: int = setting("data", 10, "classes; training takes it from the data", 1, 1000000)
     crop: float = setting("data", 0.8, "folders: a training crop shows at least this share of a side", 0.1, 1)
-    num_tokens: int = setting("tokenizer", 16, "N, tokens of an image", 2)
-    group_size: int = setting("tokenizer", 4, "G, tokens drawn in one pass", 1)
-    causal_num: int = setting("tokenizer", -1, "c, first tokens, drawn one by one: a multiple of G; -1: G", -1)
-    alpha: float = setting("tokenizer", 1.5, "exponent of the resolution mapping R(n)", 0.01, 100)
-    patch_size: int = setting("tokenizer", 8, "p, side of a patch in pixels", 1)
-    dec_patch_size: int = setting("tokenizer", 0, "decoder: side of a patch; 0: as the encoder's")
+    num_tokens: int = setting("tokenizer", 16, "N, tokens of an image", 2, 4096)
+    group_size: int = setting("tokenizer", 4, "G, tokens drawn in one pass", 1, 4096)
+    causal_num: int = setting("tokenizer", -1, "c, first tokens, drawn one by one: a multiple of G; -1: G", -1, 4096)
+    alpha: float = setting("tokenizer", 1.5, "exponent of the resolution mapping R(n)", 0.01, 10)
+    patch_size: int = setting("tokenizer", 8, "p, side of a patch in pixels", 1, 1024)
+    dec_patch_size: int = setting("tokenizer", 0, "decoder: side of a patch; 0: as the encoder's", high=1024)
     codebook_size: int = setting("tokenizer", 512, "V, codes in the codebook", 2, 65536)
-    code_dim: int = setting("tokenizer", 8, "C, dimension of a code", 1)
-    enc_width: int = setting("tokenizer", 96, "encoder: width", 1)
-    enc_depth: int = setting("tokenizer", 3, "encoder: layers", 1)
-    enc_heads: int = setting("tokenizer", 3, "encoder: attention heads", 1)
-    enc_mlp: int = setting("tokenizer", 0, "encoder: MLP width; 0: four times the width")
-    enc_grid: int = setting("tokenizer", 0, "encoder: side of the table of positions; 0: of the grid of patches")
-    dec_width: int = setting("tokenizer", 96, "decoder: width", 1)
-    dec_depth: int = setting("tokenizer", 3, "decoder: layers", 1)
-    dec_heads: int = setting("tokenizer", 3, "decoder: attention heads", 1)
-    dec_mlp: int = setting("tokenizer", 0, "decoder: MLP width; 0: four times the width")
-    dec_grid: int = setting("tokenizer", 0, "decoder: side of the table of positions; 0: of the grid of patches")
+    code_dim: int = setting("tokenizer", 8, "C, dimension of a code", 1, 4096)
+    enc_width: int = setting("tokenizer", 96, "encoder: width", 1, 16384)
+    enc_depth: int = setting("tokenizer", 3, "encoder: layers", 1, 256)
+    enc_heads: int = setting("tokenizer", 3, "encoder: attention heads", 1, 256)
+    enc_mlp: int = setting("tokenizer", 0, "encoder: MLP width; 0: four times the width", high=65536)
+    enc_grid: int = setting("tokenizer", 0, "encoder: side of the table of positions; 0: of the patches' grid", 0, 1024)
+    dec_width: int = setting("tokenizer", 96, "decoder: width", 1, 16384)
+    dec_depth: int = setting("tokenizer", 3, "decoder: layers", 1, 256)
+    dec_heads: int = setting("tokenizer", 3, "decoder: attention heads", 1, 256)
+    dec_mlp: int = setting("tokenizer", 0, "decoder: MLP width; 0: four times the width", high=65536)
+    dec_grid: int = setting("tokenizer", 0, "decoder: side of the table of positions; 0: of the patches' grid", 0, 1024)
     tok_steps: int = setting("tokenizer training", 2500, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
@@ -166,25 +173,25 @@ class Config:
     coarse_prob: float = setting("tokenizer training", 0.2, "share of batches that decode a random prefix", high=1)
     correction: bool = setting("tokenizer training", True, "train self-correction")
     noise_topk: int = setting("tokenizer training", 50, "self-correction swaps a code for one of so many nearest", 1)
-    min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side that images are shrunk to")
+    min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side images are shrunk to", 0, 8192)
     dynamic_prob: float = setting("tokenizer training", 0.0, "dynamic resolution: share of batches shrunk", high=1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
     revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes; 0: never")
     init_std: float = setting("tokenizer training", 0.3, "scale at which learned queries and positions start")
     enc_init: str = setting("tokenizer training", "random", "encoder starts from", one_of=("random", "siglip2"))
     align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
-    align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1)
-    teacher_width: int = setting("tokenizer training", 1152, "first-token alignment: width of the teacher", 1)
+    align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1, 65536)
+    teacher_width: int = setting("tokenizer training", 1152, "first-token alignment: width of the teacher", 1, 65536)
     perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
     perceptual_ramp: int = setting("tokenizer training", 10000, "steps over which LPIPS gets its weight", 1)
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
     gpt: str = setting("AR transformer", "", "B, L or XL set width, depth and heads", one_of=("", "B", "L", "XL"))
-    ar_width: int = setting("AR transformer", 160, "width", 1)
-    ar_depth: int = setting("AR transformer", 4, "layers", 1)
-    ar_heads: int = setting("AR transformer", 4, "attention heads", 1)
-    ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256")
+    ar_width: int = setting("AR transformer", 160, "width", 1, 16384)
+    ar_depth: int = setting("AR transformer", 4, "layers", 1, 256)
+    ar_heads: int = setting("AR transformer", 4, "attention heads", 1, 256)
+    ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256", 0, 65536)
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
     class_dropout: float = setting("AR transformer", 0.1, "share of labels hidden, for guidance", high=1)
     ar_steps: int = setting("AR training", 1000, "optimiser steps", 1)
@@ -230,8 +237,14 @@ class Config:
         most = self.codebook_size
         require(self.num_tokens >= least, f"num_tokens must hold causal_num and a group: at least {least}",
                 self.num_tokens)
+        require(self.min_size <= self.image_size, f"min_size must not exceed image_size {self.image_size}",
+                self.min_size)
+        require(not self.dynamic_prob or self.dec_patch_size % self.patch_size == 0,
+                f"dynamic resolution wants dec_patch_size to be a multiple of patch_size {self.patch_size}",
+                self.dec_patch_size)
+        require(not self.disc_weight or self.image_size >= 4, "a discriminator wants an image_size of at least 4",
+                self.image_size)
         require(self.noise_topk <= most, f"noise_topk must not exceed codebook_size {most}", self.noise_topk)
-        require(self.min_size <= self.image_size, f"min_size must not exceed {self.image_size}", self.min_size)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
@@ -579,10 +592,11 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """(B, 3, H, W) float in [-1, 1], sides multiples of p -> codes (B, N) int64. Raises Refused."""
-        p, shape = self.config.patch_size, tuple(images.shape)
+        p, shape = self.config.patch_size, tuple(tensor(images, "images").shape)
         require(len(shape) == 4 and shape[1] == 3 and images.is_floating_point() and 0 not in shape
                 and shape[2] % p == shape[3] % p == 0,
                 f"encode wants float images (B, 3, H, W), sides multiples of {p}", f"{images.dtype} {shape}")
+        require(images.isfinite().all(), "images must be finite, in [-1, 1]", "nan or inf")
         return self.quantize(self.encode_patches(images)).codes
 
     @torch.no_grad()
@@ -590,11 +604,11 @@ class Tokenizer(nn.Module):
         """Codes (B, n), n one of prefix_lengths -> (B, 3, S, S), nominally in [-1, 1]; S = size or decoder_size(n).
         Raises Refused."""
         allowed, V, p = prefix_lengths(self.config), self.config.codebook_size, self.config.dec_patch_size
-        require(codes.ndim == 2 and not codes.is_floating_point() and codes.shape[1] in allowed,
+        require(tensor(codes, "codes").ndim == 2 and codes.dtype in INTEGERS and codes.shape[1] in allowed,
                 f"decode wants integer codes (B, n), n in {allowed}", f"{codes.dtype} {tuple(codes.shape)}")
         require(codes.numel() == 0 or 0 <= codes.min() <= codes.max() < V, f"codes must lie in 0..{V - 1}", codes)
-        size = size or decoder_size(self.config, codes.shape[1])
-        require(size > 0 and size % p == 0, f"size must be a multiple of the patch size {p}", size)
+        size = decoder_size(self.config, codes.shape[1]) if size is None else size
+        require(type(size) is int and size > 0 == size % p, f"size must be a multiple of the patch size {p}", size)
         return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
 
     @torch.no_grad()
@@ -796,9 +810,16 @@ class ARTransformer(nn.Module):
         Position i predicts code i, from the class and from codes of earlier groups (for i < c: all earlier codes).
         keys (B,): one a sample, for dropout in training; None: no dropout. Raises Refused."""
         N, G = self.config.num_tokens, self.config.group_size
-        require(codes.ndim == 2 and codes.shape[1] == N and labels.shape == codes.shape[:1],
-                f"ARTransformer wants labels (B,) and codes (B, {N})", f"{tuple(labels.shape)}, {tuple(codes.shape)}")
-        if keys is not None:
+        shapes = tuple(tensor(labels, "labels").shape), tuple(tensor(codes, "codes").shape)
+        require(shapes == (shapes[1][:1], (len(codes), N)) and {labels.dtype, codes.dtype} <= {*INTEGERS},
+                f"ARTransformer wants integers, labels (B,) and codes (B, {N})", f"{labels.dtype} {shapes[0]}, "
+                f"{codes.dtype} {shapes[1]}")
+        if keys is None:                        # in training a GPU would have to wait for the answer
+            for what, values, most in (("labels", labels, self.config.num_classes),
+                                       ("codes", codes, self.config.codebook_size - 1)):
+                require(not len(codes) or 0 <= values.min() <= values.max() <= most, f"{what} must lie in 0..{most}",
+                        values.tolist())
+        else:
             hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
             labels = torch.where(hidden, self.config.num_classes, labels)
         x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
@@ -832,9 +853,10 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Codes (B, T) from logits (B, T, V) and uniform u (B, T), each position for itself. Temperature 0: argmax.
+    """Codes (B, T) from logits (B, T, V) and uniform u (B, T), each position for itself. Temperature 0, or so low that
+    logits might overflow: argmax.
     Inverse transform sampling: the first code at which the cumulated probability exceeds u."""
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(dim=-1)
     p = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1).double().cumsum(dim=-1)
     threshold = (u.double() + 2**-25)[..., None] * p[..., -1:]              # u + 2^-25 lies strictly inside (0, 1)
@@ -843,16 +865,22 @@ def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 def check_request(config, labels, guidance, schedule, temperature, top_k, top_p, seeds, num_tokens):
     """Refuse what generate() cannot do, naming the value and what is allowed."""
     K, allowed = config.num_classes, prefix_lengths(config)
-    require(labels.ndim == 1 and len(labels) and not labels.is_floating_point(),
+    require(tensor(labels, "labels").ndim == 1 and len(labels) and labels.dtype in INTEGERS,
             "labels must be at least one integer, shape (B,)", f"{labels.dtype} {tuple(labels.shape)}")
     require(0 <= labels.min() and labels.max() <= K, f"labels must lie in 0..{K - 1} ({K}: no class)", labels.tolist())
-    require(0 <= guidance < math.inf, "guidance must be a number of at least 0", guidance)
+    for name, value in (("guidance", guidance), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        require(isinstance(value, (int, float)), f"{name} must be a number", repr(value))
+    require(0 <= guidance <= 10**9, "guidance must lie in 0..1000000000", guidance)
     require(schedule in ("constant", "linear"), "schedule must be constant or linear", schedule)
     require(0 <= temperature < math.inf, "temperature must be a number of at least 0", temperature)
-    require(top_k >= 0 and top_k == int(top_k), "top_k must be a whole number, 0 for all codes", top_k)
+    require(isinstance(top_k, int) and top_k >= 0, "top_k must be a whole number, 0 for all codes", top_k)
     require(0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p)
-    require(seeds is None or len(seeds) == len(labels), f"seeds must be {len(labels)}, one a label", seeds)
-    require(num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
+    try:
+        whole = seeds is None or (torch.as_tensor(seeds).dtype in INTEGERS and len(seeds) == len(labels))
+    except (TypeError, ValueError, RuntimeError, OverflowError):        # no numbers, or too large
+        whole = False
+    require(whole, f"seeds must be {len(labels)} integers, one a label", seeds)
+    require(isinstance(num_tokens, int) and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
 
 PACKED = weakref.WeakKeyDictionary()        # model: (what its weights were, a copy of them for oneDNN)
 
@@ -1357,19 +1385,22 @@ class Shapes(torch.utils.data.Dataset):
 
     def __init__(self, split="train", size=32):
         require(split in ("train", "val", "test"), "split must be train, val or test", repr(split))
-        require(size >= 1, "size must be at least 1 pixel", size)
+        require(type(size) is int and size >= 1, "size must be a whole number of at least 1 pixel", size)
         self.size, self.length, self.key = size, 20000 if split == "train" else 2000, root_key(0, split)
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
+        require(isinstance(index, int), "an index must be a whole number", repr(index))
         if not 0 <= index < self.length:
             raise IndexError(f"shapes has images 0..{self.length - 1}, asked for {index}")
         return self.draw(torch.tensor([index]))[0], index % 10
 
     def draw(self, indices):
-        """Images number `indices`, (M,) int64 -> uint8 (M, 3, size, size)."""
+        """Images number `indices`, (M,) int64 -> uint8 (M, 3, size, size). Raises Refused."""
+        require(tensor(indices, "indices").ndim == 1 and indices.dtype == torch.int64, "indices must be int64 (M,)",
+                f"{indices.dtype} {tuple(indices.shape)}")
         S = self.size
         u = uniform(fold(self.key, indices), 12)[..., None, None]                               # (M, 12, 1, 1)
         y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
@@ -1600,6 +1631,7 @@ def start_machine(config):
     cuda = torch.cuda.is_available()
     try:
         device = torch.device(("cuda" if cuda else "cpu") if config.device == "auto" else config.device)
+        require(device.type in ("cpu", "cuda"), "device must be auto, cpu, cuda or cuda:0, ...", config.device)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
@@ -1608,7 +1640,10 @@ def start_machine(config):
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"device {config.device} can't be used ({str(error).splitlines()[0]})") from error
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise Refused(f"the {world} processes can't be joined: {str(error).splitlines()[0]}") from error
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return Machine(device, getattr(torch, auto if config.dtype == "auto" else config.dtype), rank, world)
 
@@ -2220,6 +2255,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     sigma1, sigma2 = (np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
     shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
     require(len(set(shapes)) == 1, "means and covariances must fit each other", shapes)
+    require(all(np.isfinite(m).all() for m in (mu1, mu2, sigma1, sigma2)), "means and covariances must be finite",
+            "nan or inf")
+    require(all(np.allclose(s, s.T) for s in (sigma1, sigma2)), "covariances must be symmetric", "one that is not")
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
@@ -2508,8 +2546,16 @@ def alone(folder, machine):
             raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
         yield
 
+def one_line(error):
+    """What to tell of a user's mistake, a folder that can't be made, a full disk or memory. Raises all other errors."""
+    lines = str(error).strip().splitlines() or ["out of memory"]
+    if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
+        raise error                         # a bug of ours: the traceback is wanted
+    return lines[0] if isinstance(error, RuntimeError) else lines[-1].split("Refused: ")[-1]     # workers': with theirs
+
 def main(argv=None):
     """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config, stage, table = parse(sys.argv[1:] if argv is None else argv)
         if table:
@@ -2523,20 +2569,24 @@ def main(argv=None):
             require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
         if config.data not in BUILT_IN:
             config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
+        else:
+            config.num_classes = 10
         with alone(Path(config.out), machine):
             for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate),
                                ("bench", benchmark)):
                 if stage == name or (stage == "all" and name != "bench"):
                     work(config, machine)
         return 0
-    except (Refused, OSError) as error:     # OSError: a folder that can't be made, a disk that is full, ...
-        print(f"detailflow: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (Refused, OSError, MemoryError, RuntimeError) as error:
+        print(f"detailflow: {one_line(error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         text, number = error.args or ("interrupted", signal.SIGINT)
         print(f"\ndetailflow: {text}; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + number                 # as shells report it
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

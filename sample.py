@@ -70,7 +70,14 @@ def draw(args, tokenizer, model, machine, names, out):
     if args.num is None and not args.npz and not args.classes:
         classes = classes[:10]
     count = args.num if args.num is not None else 8 * len(classes)
-    df.require(count >= 1 and args.batch >= 1, "--num and --batch must be at least 1", f"{count} and {args.batch}")
+    df.require(1 <= count <= 10**7 and args.batch >= 1, "--num and --batch must be at least 1, --num at most 10000000",
+               f"{count} and {args.batch}")
+    df.require(machine.world == 1 or args.npz, "several processes must draw into one file: --npz FILE", "none")
+    df.require(not args.npz or (Path(args.npz).name and not Path(args.npz).is_dir()), "--npz must name a file",
+               args.npz)
+    lengths = df.prefix_lengths(model.config)
+    df.require(args.tokens is None or args.tokens in lengths, f"--tokens (num_tokens) must be one of {lengths}",
+               args.tokens)
     turn = torch.arange(count) % len(classes)
     if args.random_classes:
         u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
@@ -115,9 +122,9 @@ def main(argv=None):
         given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
         machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
         out = Path(args.out or ("samples" if args.tokenizer else run))
-        out.mkdir(parents=True, exist_ok=True)
         if args.image:
             tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
+            out.mkdir(parents=True, exist_ok=True)
             rebuild(args, tokenizer, machine, out)
             return 0
         if args.bench:
@@ -133,11 +140,15 @@ def main(argv=None):
             settings = df.sampling_settings(model.config)
             df.bench_sampling(df.Bench(machine), tokenizer, model, (1, 4, args.batch), **settings)
             return 0
+        out.mkdir(parents=True, exist_ok=True)
         draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
         return 0
-    except (df.Refused, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
+    except (df.Refused, OSError, MemoryError, RuntimeError) as error:
+        print(f"sample.py: {df.one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nsample.py: interrupted; with --npz the same command goes on from there", file=sys.stderr)
+        return 130
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
