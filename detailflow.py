@@ -894,12 +894,13 @@ def packed(model):
             and torch.backends.mkldnn.is_available() and hasattr(op, "_linear_pointwise"))
     layers = [m for m in model.modules() if able and type(m) is nn.Linear and m.bias is None]
     now = [(m.weight.data_ptr(), m.weight._version) for m in layers]
-    if PACKED.get(model, (None,))[0] != now:
+    if weight.requires_grad or PACKED.get(model, (None,))[0] != now:    # (fused AdamW leaves the version as it is)
         PACKED[model] = now, [op._reorder_linear_weight(m.weight.detach()) for m in layers]
     for m, blocked in zip(layers, PACKED[model][1], strict=True):
         m.forward = functools.partial(op._linear_pointwise, W=blocked, B=None, attr="none", scalars=[], algorithm="")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if layers else contextlib.nullcontext():
+            yield                       # compiled layers can't take weights that change
     finally:
         for m in layers:
             del m.forward               # uncovers the class's own
@@ -2501,11 +2502,16 @@ def bench_training(bench, config):
     bench.run("train AR transformer", ar_batch, model_step, optimizer_bytes[1], batch=ar_batch)
     bench.run("extract codes", tok_batch, extract, weight_bytes(tokenizer.encoder), batch=tok_batch)
 
-def benchmark(config, machine):
-    """Random weights of the settings' sizes, so that any preset can be timed without a checkpoint."""
-    bench = Bench(machine)
+def random_models(config, machine):
+    """A tokenizer and an AR transformer of the settings' sizes to time, without training or checkpoint."""
     tokenizer, model = (kind(config).to(machine.device).eval() for kind in (Tokenizer, ARTransformer))
-    nn.init.normal_(model.output.weight, std=0.02)
+    nn.init.normal_(model.output.weight, std=0.02)          # zero at first, which draws nothing but ties
+    return tokenizer.requires_grad_(False), model.requires_grad_(False)
+
+def benchmark(config, machine):
+    """Time drawing, training and extraction, a JSON line for each."""
+    bench = Bench(machine)
+    tokenizer, model = random_models(config, machine)
     bench_sampling(bench, tokenizer, model, (1, 4, config.eval_batch), **sampling_settings(config))
     del tokenizer, model
     bench_training(bench, config)

@@ -130,9 +130,8 @@ def main(argv=None):
         if args.bench:
             df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
             config = df.Config(**df.PRESETS[args.bench] | given)
-            tokenizer, model = (kind(config).to(machine.device).eval() for kind in (df.Tokenizer, df.ARTransformer))
-            torch.nn.init.normal_(model.output.weight, std=0.02)
-            df.bench_sampling(df.Bench(machine), tokenizer, model, (1, 4, args.batch), **df.sampling_settings(config))
+            models = df.random_models(config, machine)
+            df.bench_sampling(df.Bench(machine), *models, (1, 4, args.batch), **df.sampling_settings(config))
             return 0
         tokenizer, model, names = df.load_pair(*paths, machine.device, ema=not args.no_ema)
         model.config = dataclasses.replace(model.config, **given)

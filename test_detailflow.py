@@ -442,6 +442,12 @@ def test_packed_weights_follow_the_model(ar):
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     after = df.generate(ar, labels, **settings)
     assert torch.equal(after, df.generate(ar, labels, **settings, slow=True)) and not torch.equal(after, before)
+    optimizer = torch.optim.AdamW(ar.parameters(), lr=0.1, fused=True)  # which counts no versions
+    for _ in range(3):
+        ar(labels, df.generate(ar, labels, **settings)).square().mean().backward()
+        optimizer.step()
+        assert torch.equal(df.generate(ar, labels, **settings), df.generate(ar, labels, **settings, slow=True))
+    after = df.generate(ar.requires_grad_(False), labels, **settings)
     assert all("forward" not in vars(m) for m in ar.modules())
     assert torch.equal(df.generate(copy.deepcopy(ar), labels, **settings), after)
 
