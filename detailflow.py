@@ -1010,9 +1010,7 @@ DINO_NAMES = [
 
 def translate(path, tensors, like, names):
     """A state dict like `like`, which has our names and the right shapes, from a file's tensors by its names.
-
-    Raises Refused, which says what is missing, misshapen or left over in the file.
-    """
+    Raises Refused, which says what is missing, misshapen or left over in the file."""
     state, faults, unknown = {}, [], dict.fromkeys(tensors)
     for name, wanted in like.items():
         theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
@@ -1133,9 +1131,7 @@ def official_config(about, alpha, tensors):
 
 def load_official(path):
     """The authors' Tokenizer or ARTransformer, for evaluation. Raises Refused.
-
-    path: their folder, which holds config.json, config.yaml and checkpoints/STEPS.pt, or one of the last.
-    """
+    path: their folder, which holds config.json, config.yaml and checkpoints/STEPS.pt, or one of the last."""
     path = Path(path)
     found = list(path.glob("checkpoints/*.pt")) if path.is_dir() else [path]
     if not found:
@@ -1251,10 +1247,8 @@ class LPIPS(nn.Module):
 
 def diff_augment(images, key, weak):
     """DiffAugment (arXiv 2006.10738): images (B, 3, S, S), key (1,) -> the same shape, differentiable.
-
     Colour, translation by up to S/8, and cutout, drawn for each image. weak: each of the three at odds of
-    1/2, one draw for the batch, and a hole of 0.2 S; else all three, and a hole of 0.5 S.
-    """
+    1/2, one draw for the batch, and a hole of 0.2 S; else all three, and a hole of 0.5 S."""
     S, use = images.shape[-1], uniform(key, 3)[0] < (0.5 if weak else 1.0)              # (3,) bool
     rows, columns = torch.arange(S, device=key.device)[:, None], torch.arange(S, device=key.device)
     u = uniform(fold(fold(key, 0), torch.arange(len(images), device=key.device)), 7).T[..., None, None, None]

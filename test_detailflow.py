@@ -1903,6 +1903,32 @@ def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
         assert word in error and error.count("\n") == 1
 
 
+def test_benchmark_prints_a_json_line_for_each_part(tmp_path, capsys):
+    run(tmp_path, "--stage", "bench", eval_batch=2)
+    machine, *lines = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert machine["copy_GB_per_s"] > 0 and machine["matmul_TFLOP_per_s"] > 0
+    assert [line["what"] for line in lines] == ["sample: codes", "sample: pixels"] * 3 + [
+        "train tokenizer, with self-correction",
+        "train tokenizer, without self-correction",
+        "train AR transformer",
+        "extract codes",
+    ]
+    by_name = {line["what"]: line for line in lines}
+    assert (
+        by_name["train tokenizer, with self-correction"]["gflop"]
+        > 1.3 * (by_name["train tokenizer, without self-correction"]["gflop"])
+    )
+    assert sample.main(["--run", str(tmp_path / "none"), "--bench", "shapes", "--batch", "2"]) == 0
+    drawn = json.loads(capsys.readouterr().out.splitlines()[1])
+    config = df.Config()
+    with torch.device("meta"):
+        weights = sum(
+            p.numel() for n, p in df.ARTransformer(config).named_parameters() if p.ndim == 2 and "embed" not in n
+        )
+    positions = 2 * config.num_tokens  # guided: with the class and without
+    assert drawn["passes"] == 7 and drawn["gflop"] == pytest.approx(2 * weights * positions / 1e9, rel=0.05)
+
+
 def test_readme_commands_parse():
     for line in re.findall(
         r"^(?:python|torchrun .*?) (detailflow|sample)\.py(.*)$", (HERE / "README.md").read_text(), re.M
