@@ -981,8 +981,9 @@ def published(name, folder=""):
             path.parent.mkdir(parents=True, exist_ok=True)
             download(url, path, sha256)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise Refused(f"{url} can't be downloaded ({error}): put it at {path}, or name another folder that has it: "
-                          "--weights FOLDER") from error
+            reason = " ".join(str(error).split())[:200]         # a server may answer anything
+            raise Refused(f"{url} can't be downloaded ({reason}): put it at {path}, or name another folder that has "
+                          "it: --weights FOLDER") from error
     return path
 
 # Each table turns our names into theirs, first pair to last. This way round, what a file lacks can be named
@@ -1500,7 +1501,8 @@ class Folder(torch.utils.data.Dataset):
                 require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
                         f"{count} of {len(self)}, the last {self.paths[index]}")
                 others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
-                require(others, "every class must have an image that is not broken", self.classes[self.labels[index]])
+                require(others, "every class must have an image that is not broken",
+                        f"{self.classes[self.labels[index]]}, the last {self.paths[index]}")
                 index = next((i for i in others if i > index), others[0])
 
     def __getitem__(self, item):
@@ -1773,7 +1775,8 @@ def fits(path):
         yield
     except (Refused, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refused(f"{path} does not fit ({type(error).__name__}: {reason}): delete it and train again") from error
+        reason = reason if isinstance(error, Refused) else f"{type(error).__name__}: {reason}"
+        raise Refused(f"{path} does not fit ({reason}): delete it and train again") from error
 
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
@@ -2551,7 +2554,7 @@ def one_line(error):
     lines = str(error).strip().splitlines() or ["out of memory"]
     if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
         raise error                         # a bug of ours: the traceback is wanted
-    return lines[0] if isinstance(error, RuntimeError) else lines[-1].split("Refused: ")[-1]     # workers': with theirs
+    return lines[0] if isinstance(error, RuntimeError) else re.sub(r"^[\w.]*Refused: ", "", lines[-1])  # of a worker
 
 def main(argv=None):
     """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
