@@ -1755,7 +1755,8 @@ def written_whole(path):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:        # torch.save raises the latter when a disk is full
         aside.unlink(missing_ok=True)
-        raise Refused(f"{path} can't be written ({error}); what was there before is whole") from error
+        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
+        raise Refused(f"{path} can't be written ({reason}); what was there before is whole") from error
 
 def write_text(path, text):
     with written_whole(path) as file:
