@@ -5,19 +5,32 @@ and skip without it.
 """
 
 import argparse
+import contextlib
 import copy
+import functools
+import gc
 import hashlib
+import http.server
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
+import resource
+import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import types
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -527,7 +540,7 @@ def theirs():
 
 def authors_model(v, tmp_path):
     """A model of theirs, from a folder as their training leaves it."""
-    root = folder(tmp_path, v["state_dict"], heads(v["config"]), entries=("model", "ema"))
+    root = official_folder(tmp_path, v["state_dict"], heads(v["config"]), entries=("model", "ema"))
     return df.load_official(root).requires_grad_(True)
 
 
@@ -625,7 +638,7 @@ def save(checkpoint, path, **options):
     sys.modules.pop("ruamel_gone", None)
 
 
-def folder(root, tensors, about, entries=("model",), step="0001000", yaml="degradation_power: 1.5\n"):
+def official_folder(root, tensors, about, entries=("model",), step="0001000", yaml="degradation_power: 1.5\n"):
     """What the authors' training leaves: weights, optimiser and arguments, config.json and config.yaml."""
     wrong = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     checkpoint = {e: tensors if e in entries else wrong for e in ("model", "ema") if e in entries or len(entries) == 1}
@@ -649,7 +662,7 @@ def heads(about):
 def test_their_tokenizer_folder_gives_their_codes_and_pixels(theirs, tmp_path):
     """Wrong names, head counts, layer order, or EMA weights taken where they evaluate the others."""
     v = theirs["tokenizer"]
-    model = df.load_official(folder(tmp_path, v["state_dict"], heads(v["config"])))
+    model = df.load_official(official_folder(tmp_path, v["state_dict"], heads(v["config"])))
     assert isinstance(model, df.Tokenizer) and not model.training
     assert not any(p.requires_grad for p in model.parameters())
     c = model.config
@@ -663,11 +676,11 @@ def test_their_tokenizer_folder_gives_their_codes_and_pixels(theirs, tmp_path):
 def test_their_ar_folder_gives_their_logits_and_greedy_codes(theirs, tmp_path):
     """The raw weights taken where they evaluate the averaged ones; wrong names."""
     v = theirs["ar"]
-    model = df.load_official(folder(tmp_path, v["state_dict"], v["config"], entries=("ema",)))
+    model = df.load_official(official_folder(tmp_path, v["state_dict"], v["config"], entries=("ema",)))
     assert isinstance(model, df.ARTransformer) and not model.training
     with torch.no_grad():
         close(model(v["labels"], v["codes"]), v["logits"])
-    both = folder(tmp_path / "raw", v["state_dict"], v["config"], entries=("model", "ema"))
+    both = official_folder(tmp_path / "raw", v["state_dict"], v["config"], entries=("model", "ema"))
     checkpoint = df.read_foreign(both / "checkpoints" / "0001000.pt")
     save({"model": checkpoint["model"], "args": foreign()}, both / "checkpoints" / "0001001.pt")
     with torch.no_grad():  # without averaged weights: the raw ones
@@ -678,9 +691,9 @@ def test_their_ar_folder_gives_their_logits_and_greedy_codes(theirs, tmp_path):
 def test_the_latest_checkpoint_is_taken_or_the_one_that_is_named(theirs, tmp_path):
     """Sorting steps as text: 900 after 1000; names with the prefixes of compiled and distributed models."""
     v = theirs["tokenizer"]
-    folder(tmp_path, {n: t + 1 for n, t in v["state_dict"].items()}, heads(v["config"]), step="900")
+    official_folder(tmp_path, {n: t + 1 for n, t in v["state_dict"].items()}, heads(v["config"]), step="900")
     prefixed = {f"module._orig_mod.{n}": t for n, t in v["state_dict"].items()}
-    folder(tmp_path, prefixed, heads(v["config"]), step="0001000", yaml="degradation_power: 2.25\n")
+    official_folder(tmp_path, prefixed, heads(v["config"]), step="0001000", yaml="degradation_power: 2.25\n")
     latest = df.load_official(tmp_path)
     assert torch.equal(latest.encode(v["x"]), v["indices"]) and latest.config.alpha == 2.25
     named = df.load_official(tmp_path / "checkpoints" / "900.pt")
@@ -694,7 +707,7 @@ def test_first_token_alignment_equals_the_authors(theirs, tmp_path):
     """The teacher's last norm applied once; heads or the alignment MLP wrong; the teacher left in the tokenizer."""
     v, a = theirs["tokenizer"], theirs["alignment"]
     extra = a["state_dict_extra"]
-    model = df.load_official(folder(tmp_path, v["state_dict"] | extra, heads(a["config"])))
+    model = df.load_official(official_folder(tmp_path, v["state_dict"] | extra, heads(a["config"])))
     assert (model.config.align_weight, model.config.align_width, model.config.teacher_width) == (1.0, 24, 36)
     tower = {f"vision_model.{n.removeprefix('repa_model.visual_model.')}": t for n, t in extra.items() if "repa" in n}
     write_safetensors(tmp_path / "siglip.safetensors", tower)
@@ -763,7 +776,7 @@ def test_settings_that_would_change_the_numbers_are_refused(theirs, tmp_path, ki
     v = theirs[kind]
     about = {n: x for n, x in (heads(v["config"]) | change).items() if x is not None}
     with pytest.raises(df.Refused, match=said):
-        df.load_official(folder(tmp_path, v["state_dict"], about))
+        df.load_official(official_folder(tmp_path, v["state_dict"], about))
 
 
 @needs_shared
@@ -771,7 +784,7 @@ def test_a_tokenizer_trained_without_correction_loads(theirs, tmp_path):
     """Demanding refine_conv of a model that never had one."""
     v = theirs["tokenizer"]
     tensors = {n: t for n, t in v["state_dict"].items() if not n.startswith("refine_conv")}
-    model = df.load_official(folder(tmp_path, tensors, heads(v["config"])))
+    model = df.load_official(official_folder(tmp_path, tensors, heads(v["config"])))
     assert not model.config.correction and torch.equal(model.encode(v["x"]), v["indices"])
 
 
@@ -870,7 +883,7 @@ def test_odd_tokenizers_load_whole(tmp_path, odd):
         "encoder_heads": 3,
         "decoder_heads": 2,
     }
-    loaded = df.load_official(folder(tmp_path, their_state(model), about, yaml="degradation_power: 1.3\n"))
+    loaded = df.load_official(official_folder(tmp_path, their_state(model), about, yaml="degradation_power: 1.3\n"))
     assert loaded.config == config
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     codes = model.encode(images)
@@ -1872,7 +1885,10 @@ def test_the_authors_folders_sample_and_are_measured(theirs, tmp_path, capsys):
     paths = []
     for kind in ("tokenizer", "ar"):
         v = theirs[kind]
-        paths += [f"--{kind}", str(folder(tmp_path / kind, v["state_dict"], heads(v["config"]), ("model", "ema")))]
+        paths += [
+            f"--{kind}",
+            str(official_folder(tmp_path / kind, v["state_dict"], heads(v["config"]), ("model", "ema"))),
+        ]
     assert sample.main([*paths, "--out", str(tmp_path), "--classes", "3", "7", "--num", "4"]) == 0
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (2 * 66 + 2, 2 * 66 + 2)
@@ -1949,3 +1965,1003 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     assert out.pixels.isfinite().all() and all(
         p.grad is None or p.grad.isfinite().all() for p in tokenizer.parameters()
     )
+
+
+# == Nothing lost: what faults do ==
+# A child is a process of its own that has everything imported: it is killed, starved of disk or made a nobody.
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["detailflow", "sample", __name__])
+
+
+def draw_folder(root, count=40, names=("cat", "dog")):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        folder = root / names[i % len(names)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_folder(tmp_path_factory.mktemp("data"))
+
+
+def command(out, data, **more):
+    """A small run of all stages."""
+    small = {"out": out, "data": data, "log_every": 2, "save_every": 2, "tok_steps": 6, "ar_steps": 6}
+    return flags(TINY | small | {"disc_weight": 0.2, "disc_start": 2}, **more)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, folder):
+    out = tmp_path_factory.mktemp("small")
+    assert df.main(command(out, folder)) == 0
+    return out
+
+
+def same_weights(a, b):
+    for name in ("tokenizer.pt", "ar.pt"):
+        one, two = weights(a / name), weights(b / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
+
+
+def child_main(main, argv, log, prepare):
+    torch.set_num_threads(1)
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    if prepare:
+        prepare()
+    sys.exit(main(argv))
+
+
+def start(argv, log, prepare=None, main=df.main):
+    process = CHILDREN.Process(target=child_main, args=(main, argv, log, prepare))
+    process.start()
+    return process
+
+
+def end(process, log):
+    """-> exit status, and what it said."""
+    process.join(120)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode, Path(log).read_text()
+
+
+def wait_for(good, seconds=60):
+    deadline = time.time() + seconds
+    while not good():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def slow_steps(seconds):
+    """Makes every step of training take that long, so that a signal comes in the middle of it."""
+    step = df.Optimizers.step
+    df.Optimizers.step = lambda *args: time.sleep(seconds) or step(*args)
+
+
+def one_error(text, start="detailflow: "):
+    """The one line that says what is wrong: no traceback."""
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.startswith(start)]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+# == Killed anywhere ==
+
+
+def die_at(calls):
+    """SIGKILL at the so-manieth call of what a file is written with, a checkpoint half written."""
+    left = [calls]
+
+    def deadly(function, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            if function is save:
+                content = io.BytesIO()
+                function(args[0], content)
+                args[1].write(content.getvalue()[: content.tell() // 2])
+                args[1].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    save = torch.save
+    torch.save = functools.partial(deadly, save)
+    for name in ("fsync", "replace", "posix_fallocate"):
+        setattr(os, name, functools.partial(deadly, getattr(os, name)))
+
+
+def test_a_run_killed_while_it_writes_ends_with_the_same_bits(small, folder, tmp_path):
+    argv, log, rng, kills = command(tmp_path / "out", folder), tmp_path / "log", random.Random(0), 0
+    while True:
+        status, text = end(start(argv, log, functools.partial(die_at, rng.randrange(3, 20))), log)
+        if status == 0:
+            break
+        kills += 1
+        assert status == -signal.SIGKILL and kills < 30, text
+    assert kills >= 3
+    same_weights(small, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_runs_killed_at_100_random_moments_end_with_the_same_bits(small, folder, tmp_path):
+    rng, kills, runs, log = random.Random(1), 0, 0, tmp_path / "log"
+    process, since = start(command(tmp_path / "0", folder), log), time.time()
+    assert end(process, log)[0] == 0
+    whole = time.time() - since
+    while kills < 100:
+        runs += 1
+        out, status = tmp_path / str(runs), None
+        while status != 0:
+            process = start(command(out, folder), log)
+            if kills < 100:
+                process.join(rng.uniform(0.02, 0.8 * whole))
+                process.kill()
+            status, text = end(process, log)
+            assert status in (0, -signal.SIGKILL), text
+            kills += status != 0
+        same_weights(small, out)
+    print(f"{kills} kills, {runs} runs of {whole:.1f} s")
+
+
+def test_a_killed_runs_workers_do_not_keep_its_restart_out(folder, tmp_path):
+    argv = command(tmp_path, folder, workers=2, save_every=1, tok_steps=10**6)
+    process = subprocess.Popen(
+        [sys.executable, "detailflow.py", *argv], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: (tmp_path / "tokenizer.pt").exists())
+    process.kill()
+    process.wait()
+    assert df.main([*argv, "--workers", "0", "--stage", "tokenizer", "--tok-steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, tmp_path, number, status):
+    argv, log = command(tmp_path, folder, log_every=1, save_every=100), tmp_path / "log"
+    process = start(argv, log, functools.partial(slow_steps, 0.3))
+    wait_for(lambda: "tokenizer      1/6" in log.read_text() if log.exists() else False)
+    os.kill(process.pid, number)
+    found, text = end(process, log)
+    assert found == status and "the same command goes on" in one_error(text)
+    step = torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"]
+    assert 1 <= step < 6 and f"stopped after step {step} of 6 of the tokenizer stage" in text
+    assert end(start(argv, log), log)[0] == 0
+    same_weights(small, tmp_path)
+
+
+def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
+    process = start(command(tmp_path, folder), tmp_path / "log", functools.partial(slow_steps, 30))
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130 and not (tmp_path / "tokenizer.pt").exists()
+
+
+def test_a_run_that_fails_gives_signals_back(folder, tmp_path, monkeypatch):
+    def fail(*args):
+        raise df.Refused("no")
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(df.Optimizers, "step", fail)
+    assert df.main(command(tmp_path, folder)) == 2
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+# == Disk and folder ==
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def become_nobody():
+    os.setgid(65534), os.setuid(65534)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_one_line(small, folder, tmp_path):
+    for name in ("tokenizer.pt", "log.jsonl"):
+        shutil.copy(small / name, tmp_path)
+    log, before = tmp_path / "log", (tmp_path / "tokenizer.pt").read_bytes()
+    for steps, size in ((8, 100_000), (6, 20_000)):  # no room for a checkpoint; for the file of codes
+        argv = command(tmp_path, folder, tok_steps=steps)
+        status, text = end(start(argv, log, functools.partial(limit_files, size)), log)
+        assert status == 2 and "File too large" in one_error(text), text
+        assert (tmp_path / "tokenizer.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_really_full_disk_too(small, folder, tmp_path):
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        for room in range(0, 1_000_000, 90_000):
+            shutil.rmtree(disk / "out", ignore_errors=True)
+            (disk / "ballast").write_bytes(bytes(room))
+            status, text = end(start(command(disk / "out", folder), log), log)
+            assert status == 0 or (status == 2 and "No space left" in one_error(text)), text
+            if (disk / "out/tokenizer.pt").exists():
+                df.load_model(disk / "out/tokenizer.pt", "tokenizer")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        status, text = end(start(command(disk / "new", folder), log), log)
+        assert status == 2 and "Read-only file system" in one_error(text)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody")
+def test_a_folder_that_may_not_be_written_is_one_line(small):
+    root = Path(tempfile.mkdtemp())
+    try:
+        root.chmod(0o755)
+        shutil.copytree(small, root / "out")
+        draw_folder(root / "data")
+        (root / "log").touch()
+        (root / "log").chmod(0o666)
+        for argv, main, name in (
+            (command(root / "out", root / "data", tok_steps=8), df.main, "detailflow: "),
+            (["--run", str(root / "out"), "--num", "2"], sample.main, "sample.py: "),
+        ):
+            status, text = end(start(argv, root / "log", become_nobody, main), root / "log")
+            assert status == 2 and re.search("Permission denied", one_error(text, name)), text
+        same_weights(small, root / "out")
+    finally:
+        shutil.rmtree(root)
+
+
+def test_a_folder_removed_while_running_is_one_line(folder, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = start(command(out, folder, tok_steps=1000), log, functools.partial(slow_steps, 0.05))
+    wait_for(lambda: (out / "tokenizer.pt").exists())
+    shutil.rmtree(out, ignore_errors=True)
+    status, text = end(process, log)
+    assert status == 2 and str(out) in one_error(text)
+
+
+# == Broken data ==
+
+
+def broken_kinds(root):
+    """A broken file of each kind, by name."""
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(whole, "png")
+    content = whole.getvalue()
+    return {
+        "truncated.png": content[: len(content) // 2],
+        "empty.png": b"",
+        "text.png": b"not a picture\n",
+        "header.png": content[:20],
+        "flipped.png": content[:60] + bytes(40) + content[100:],
+    }
+
+
+@pytest.mark.parametrize("kind", ["truncated.png", "empty.png", "text.png", "header.png", "flipped.png"])
+def test_a_broken_image_is_named_once_skipped_and_does_not_stop_a_run(tmp_path, capfd, kind):
+    data = draw_folder(tmp_path / "data")
+    (data / "cat" / f"zz-{kind}").write_bytes(broken_kinds(tmp_path)[kind])  # the next file is a dog
+    assert df.main(command(tmp_path / "out", data)) == 0
+    assert re.findall(r"skipped: broken image .*?(zz-\w+\.png)", capfd.readouterr().err) == [f"zz-{kind}"]
+    codes = np.load(next((tmp_path / "out").glob("codes-*.npy")))
+    train = df.open_data(df.Config(**TINY, data=str(data)), CPU, "train")
+    at = next(i for i, path in enumerate(train.files.paths) if path.endswith(kind))
+    instead = next(path for path in train.files.paths if "cat" in path)
+    assert codes["label"][at] == 0 and torch.equal(train.files[at], train.files[train.files.paths.index(instead)])
+
+
+def test_more_than_one_broken_image_in_a_hundred_stops_a_run(tmp_path, capfd):
+    data = draw_folder(tmp_path / "data")
+    for i in range(3):
+        (data / "cat" / f"{i:03d}-bad.png").write_bytes(b"")
+    for workers in (0, 1):
+        assert df.main(command(tmp_path / "out", data, workers=workers)) == 2
+        error = one_error(capfd.readouterr().err)
+        assert error.startswith("detailflow: at most one image in a hundred may be broken") and "-bad.png" in error
+
+
+def test_many_broken_images_in_a_row_are_no_recursion(tmp_path):
+    data = df.Folder(draw_folder(tmp_path), "train", 16)
+    data.paths = ["gone.png"] * 1500 + data.paths * 5000
+    data.labels, data.broken = torch.zeros(len(data), dtype=torch.long), torch.zeros(len(data), dtype=torch.bool)
+    data.broken[1:1499] = True
+    assert data[0].shape == (3, 16, 16) and data.broken.sum() == 1500
+
+
+def test_images_of_every_odd_kind_are_read(tmp_path):
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8))
+    grey = Image.fromarray(np.full((30, 30), 40000, np.uint16))
+    made = {
+        "animated.webp": (rgb, {"save_all": True, "append_images": [rgb.rotate(90)]}),
+        "renamed.jpg": (rgb, {"format": "gif", "save_all": True, "append_images": [rgb.rotate(90)]}),
+        "16bit.png": (grey, {}),
+        "16bit.tif": (grey, {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "thin.png": (rgb.resize((1, 400)), {}),
+        "flat.png": (rgb.resize((400, 1)), {}),
+        "dot.png": (rgb.resize((1, 1)), {}),
+        "alpha.png": (rgb.convert("RGBA"), {}),
+        "palette.png": (rgb.convert("P"), {}),
+        "bits.png": (rgb.convert("1"), {}),
+        "float.tif": (Image.fromarray(rng.random((30, 30), np.float32)), {}),
+    }
+    (tmp_path / "a").mkdir()
+    for name, (image, options) in made.items():
+        image.save(tmp_path / "a" / name, **options)
+    data = df.Folder(tmp_path, "train", 16)
+    for i, path in enumerate(data.paths):
+        pixels = data[i, 5]
+        assert pixels.shape == data[i].shape == (3, 16, 16)
+        if "16bit" in path:
+            assert (pixels == 40000 // 257).all()
+
+
+def test_images_with_random_bytes_changed_never_raise_anything_else(tmp_path):
+    rng, tried = np.random.default_rng(0), 0
+    rgb = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+    for kind in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm"):
+        whole = io.BytesIO()
+        rgb.save(whole, kind)
+        for _ in range(12):
+            content = bytearray(whole.getvalue()[: int(rng.integers(1, len(whole.getvalue()) + 1))])
+            for _ in range(4):
+                content[int(rng.integers(min(len(content), 200)))] = int(rng.integers(256))
+            path, tried = tmp_path / "x", tried + 1
+            path.write_bytes(content)
+            with contextlib.suppress(df.Refused), warnings.catch_warnings(action="ignore"):
+                assert df.read_picture(path).mode == "RGB"
+    assert tried == 84
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda root: None, "no class folders in"),
+        (lambda root: (root / "cat").mkdir(), "CLASS/IMAGE"),
+        (lambda root: (root / "photo.png").write_bytes(b""), "no class folders in"),
+        (lambda root: (draw_folder(root), (root / "empty").mkdir()), "none in empty"),
+        (lambda root: draw_folder(root / "train"), "train and val"),
+        (lambda root: draw_folder(root / "val"), "train and val"),
+        (lambda root: (draw_folder(root / "train"), draw_folder(root / "val", names=("cat", "cow"))), "cow"),
+    ],
+)
+def test_folders_without_images_are_refused_with_what_was_looked_for(tmp_path, make, word, capsys):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    assert df.main(command(tmp_path / "out", tmp_path / "data")) == 2
+    assert word in one_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_vanish_while_training_stop_it_with_one_line(tmp_path, workers):
+    data, log = draw_folder(tmp_path / "data"), tmp_path / "log"
+    argv = command(tmp_path / "out", data, tok_steps=1000, workers=workers)
+    process = start(argv, log, functools.partial(slow_steps, 0.05))
+    wait_for(lambda: (tmp_path / "out/tokenizer.pt").exists())
+    shutil.rmtree(data)
+    status, text = end(process, log)
+    assert status == 2 and "broken, got" in one_error(text)
+    df.load_model(tmp_path / "out/tokenizer.pt", "tokenizer")
+
+
+# == Broken checkpoints ==
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def broken_checkpoints(whole, mark):
+    """Files that are no checkpoint, by kind."""
+    state, files = torch.load(whole, weights_only=True), {}
+
+    def saved(name, content, **options):
+        files[name] = io.BytesIO()
+        torch.save(content, files[name], **options)
+        files[name] = files[name].getvalue()
+
+    content = whole.read_bytes()
+    for share in (0.01, 0.5, 0.99):
+        files[f"truncated {share}"] = content[: int(len(content) * share)]
+    files |= {
+        "text": b"hello\n",
+        "empty": b"",
+        "pickle": pickle.dumps(Evil(mark)),
+        "png": b"\x89PNG\r\n\x1a\n" + bytes(99),
+    }
+    saved("evil", state | {"about": Evil(mark)})
+    saved("old evil", state | {"about": Evil(mark)}, _use_new_zipfile_serialization=False)
+    saved("version", state | {"format": 2})
+    saved("list", [1, 2])
+    saved("unknown setting", state | {"config": state["config"] | {"nonsense": 1}})
+    saved("bad setting", state | {"config": state["config"] | {"enc_heads": 7}})
+    saved("config", state | {"config": 3})
+    for name in ("config", "about", "model", "step"):
+        saved(f"no {name}", {k: v for k, v in state.items() if k != name and (name, k) != ("model", "ema")})
+    saved("one tensor less", state | {n: dict(list(state[n].items())[1:]) for n in ("model", "ema")})
+    saved("other shape", state | {n: {k: v[:1] for k, v in state[n].items() if v.ndim} for n in ("model", "ema")})
+    return files
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "ar"])
+def test_broken_checkpoints_are_named_and_never_run_code(small, folder, tmp_path, capsys, stage):
+    for name in ("tokenizer.pt", "ar.pt"):
+        shutil.copy(small / name, tmp_path)
+    path = tmp_path / f"{stage}.pt"
+    for kind, content in broken_checkpoints(path, tmp_path / "mark").items():
+        path.write_bytes(content)
+        for main, argv, start in (
+            (df.main, command(tmp_path, folder), "detailflow: "),
+            (sample.main, ["--run", str(tmp_path), "--num", "2"], "sample.py: "),
+        ):
+            assert main(argv) == 2, kind
+            error = one_error(capsys.readouterr().err, start)
+            assert f"{stage}.pt" in error and len(error) < 500, (kind, error)
+        assert path.read_bytes() == content and not (tmp_path / "mark").exists()
+
+
+def test_foreign_files_never_run_code(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "x.pt"
+    hostile = [
+        pickle.dumps(Evil(mark)),
+        b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x0fopen('m').write\x85R.",
+    ]
+    for new in (True, False):
+        torch.save({"a": Evil(mark), "w": torch.zeros(2)}, path, _use_new_zipfile_serialization=new)
+        hostile.append(path.read_bytes())
+    for content in hostile:
+        path.write_bytes(content)
+        with contextlib.suppress(df.Refused):
+            df.read_foreign(path)
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints/1.pt").write_bytes(content)
+        with pytest.raises(df.Refused, match=r"1\.pt"):
+            df.load_official(tmp_path)
+        assert not mark.exists()
+    path.write_bytes(b"")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/constants.pkl", b"")
+    with pytest.raises(df.Refused, match="TorchScript"):
+        df.read_foreign(path)
+
+
+def test_a_checkpoint_of_another_preset_is_refused_with_the_difference(small, folder, capsys):
+    before = (small / "tokenizer.pt").read_bytes()
+    assert df.main(command(small, folder, num_tokens=24)) == 2
+    assert "num_tokens 12 -> 24" in one_error(capsys.readouterr().err)
+    assert (small / "tokenizer.pt").read_bytes() == before
+
+
+def test_a_log_that_is_torn_or_no_log_is_gone_on_with_or_named(small, folder, tmp_path, capsys):
+    for end_of_log, status in (('{"stage": "to', 0), ("what?\n", 2), ('{"a": 1}\n', 2), ("\udcff\n", 2)):
+        out = tmp_path / str(len(end_of_log))
+        shutil.copytree(small, out, dirs_exist_ok=True)
+        with open(out / "log.jsonl", "ab") as file:
+            file.write(end_of_log.encode(errors="surrogateescape"))
+        assert df.main([*command(out, folder, tok_steps=8, save_every=8), "--stage", "tokenizer"]) == status
+        assert not status or "log.jsonl" in one_error(capsys.readouterr().err)
+
+
+# == Not finite ==
+
+
+def spoil(monkeypatch, bad_steps, how):
+    """In these steps the first matrix of the decoder gets such a gradient, or the loss is such."""
+    backward, count = df.backward, [0]
+
+    def spoilt(loss):
+        now, count[0] = count[0] in bad_steps, count[0] + 1
+        if now and how == "loss":
+            loss = loss + math.nan  # whose gradient is finite
+        backward(loss)
+        if now and how != "loss":
+            model = next(o for o in gc.get_objects() if isinstance(o, df.Optimizers)).module
+            name = next(n for n, p in model.named_parameters() if "blocks.1.fc1.weight" in n or "blocks.1.w1" in n)
+            model.get_parameter(name).grad[0, 0] = how
+
+    monkeypatch.setattr(df, "backward", spoilt)
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "ar"])
+@pytest.mark.parametrize("how", [math.nan, math.inf, -math.inf, "loss"])
+def test_steps_that_are_not_finite_change_nothing_and_are_counted(small, folder, tmp_path, monkeypatch, stage, how):
+    gc.collect()
+    shutil.copy(small / "tokenizer.pt", tmp_path)
+    argv = command(tmp_path / stage, folder, tokenizer=small / "tokenizer.pt", disc_weight=0, save_every=1)
+    spoil(monkeypatch, {1, 3}, how)
+    seen, save = [], df.save_checkpoint
+    monkeypatch.setattr(df, "save_checkpoint", lambda *a: seen.append(copy_of(a[-1]["model"])) or save(*a))
+    assert df.main([*argv, "--stage", stage]) == 0
+    moved = [
+        any(not torch.equal(a[k], b[k]) for k in a if "counts" not in k and "codebook" not in k)
+        for a, b in itertools.pairwise(seen)
+    ]
+    assert moved == [False, True, False, True, True]
+    lines = (tmp_path / stage / "log.jsonl").read_text().splitlines()
+    log = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [r["skipped"] for r in log if "skipped" in r] == [1, 1, 0]
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "ar"])
+def test_ten_bad_steps_in_a_row_stop_and_name_the_tensor(small, folder, tmp_path, monkeypatch, capsys, stage):
+    for first, length, status in ((3, 10, 2), (3, 9, 0)):
+        gc.collect()
+        out = tmp_path / str(length)
+        argv = command(out, folder, tokenizer=small / "tokenizer.pt", disc_weight=0, tok_steps=15, ar_steps=15)
+        with monkeypatch.context() as patch:
+            spoil(patch, range(first, first + length), math.nan)
+            assert df.main([*argv, "--stage", stage]) == status
+        error = capsys.readouterr().err
+        if status:
+            assert re.search(r"first of \S*blocks.1.(fc1|w1).weight: the last checkpoint is good", one_error(error))
+        assert all(t.isfinite().all() for t in weights(out / f"{stage}.pt").values())
+
+
+def test_under_bfloat16_quantisation_normalisation_and_losses_stay_float32(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def watch(name, function):
+        def watched(*args, **kwargs):
+            out = function(*args, **kwargs)
+            seen.setdefault(name, set()).update(
+                t.dtype
+                for t in torch.utils._pytree.tree_leaves(out)
+                if isinstance(t, torch.Tensor) and t.is_floating_point()
+            )
+            return out
+
+        return watched
+
+    monkeypatch.setattr(df.Quantizer, "forward", watch("quantiser", df.Quantizer.forward))
+    monkeypatch.setattr(torch.nn.LayerNorm, "forward", watch("LayerNorm", torch.nn.LayerNorm.forward))
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", watch("RMSNorm", torch.nn.RMSNorm.forward))
+    monkeypatch.setattr(torch.nn.Linear, "forward", watch("Linear", torch.nn.Linear.forward))
+    monkeypatch.setattr(F, "mse_loss", watch("mse", F.mse_loss))
+    monkeypatch.setattr(F, "cross_entropy", watch("cross entropy", F.cross_entropy))
+    monkeypatch.setattr(df.Discriminator, "judge", watch("judge", df.Discriminator.judge))
+    monkeypatch.setattr(df, "backward", lambda loss, f=df.backward: watch("loss", lambda x: x)(loss) is f(loss))
+    assert df.main(command(tmp_path, folder, dtype="bfloat16")) == 0
+    assert torch.bfloat16 in seen.pop("Linear")  # the autocast is at work
+    assert len(seen) == 7 and all(dtypes == {torch.float32} for dtypes in seen.values()), seen
+
+
+# == Downloads ==
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A local server that misbehaves as its attribute `mode` says."""
+    content = bytes(range(256)) * 4000
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            mode = served.mode
+            if mode == "garbage":
+                return self.wfile.write(b"\x00\x01 what?\r\n\r\n")
+            if mode == "hang up":
+                return None
+            self.send_response(404 if mode == "404" else 500 if mode == "500" else 200)
+            if mode != "no length":
+                self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if mode in ("404", "500"):
+                return None
+            if mode == "stall":
+                self.wfile.write(content[:1000])
+                return time.sleep(3)
+            self.wfile.write(
+                content[: len(content) // 2]
+                if mode in ("truncated", "no length")
+                else bytes(len(content))
+                if mode == "wrong"
+                else content
+            )
+
+        def log_message(self, *args):
+            pass
+
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.handle_error = lambda *args: None
+    served.daemon_threads = True
+    served.content, served.url = content, f"http://127.0.0.1:{served.server_port}/x.pth"
+    threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    urlopen = df.urllib.request.urlopen
+    monkeypatch.setattr(df.urllib.request, "urlopen", lambda request, timeout: urlopen(request, timeout=timeout / 30))
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the server's torn connections
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "mode", ["404", "500", "truncated", "no length", "wrong", "stall", "garbage", "hang up", "off"]
+)
+def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(server, tmp_path, monkeypatch, mode, known):
+    if not known and mode in ("wrong", "no length"):
+        return  # nothing tells: names and shapes of the weights will
+    sha256 = df.hashlib.sha256(server.content).hexdigest() if known else None
+    monkeypatch.setitem(df.WEIGHTS, "x.pth", (server.url if mode != "off" else "http://127.0.0.1:9/x.pth", sha256))
+    server.mode = mode
+    with pytest.raises(df.Refused) as refused:
+        df.published("x.pth", tmp_path)
+    text = str(refused.value)
+    assert "x.pth can't be downloaded" in text and f"put it at {tmp_path / 'x.pth'}" in text and "\n" not in text
+    assert not list(tmp_path.iterdir())
+    if mode != "off":
+        server.mode = "good"  # a rerun starts over
+        assert df.published("x.pth", tmp_path).read_bytes() == server.content
+        server.mode = "404"  # and then needs no network
+        assert df.published("x.pth", tmp_path).read_bytes() == server.content
+
+
+def fetch_slowly(url, folder):
+    df.WEIGHTS["x.pth"] = (url, None)
+    return df.published("x.pth", folder)
+
+
+def test_a_download_that_is_killed_leaves_no_file_of_that_name(server, tmp_path):
+    server.mode = "stall"
+    process = start([], tmp_path / "log", functools.partial(fetch_slowly, server.url, tmp_path))
+    wait_for(lambda: list(tmp_path.glob("x.pth.*")))
+    process.kill()
+    process.join()
+    assert not (tmp_path / "x.pth").exists()
+
+
+# == Several processes ==
+
+
+def torchrun(count, argv, script="detailflow.py", **options):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), script]
+    return subprocess.Popen(
+        [*launch, *argv],
+        cwd=HERE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_four_ranks_train_like_one_and_a_killed_job_resumes_on_two(small, folder, tmp_path):
+    four = torchrun(4, command(tmp_path / "four", folder))
+    text, _ = four.communicate(timeout=300)
+    assert four.returncode == 0, text
+    job = torchrun(4, command(tmp_path / "killed", folder, log_every=1, save_every=1, ar_steps=3000))
+    wait_for(lambda: (tmp_path / "killed/ar.pt").exists(), 200)
+    found = subprocess.run(["pgrep", "-f", f"detailflow.py.*{tmp_path}/killed"], capture_output=True, text=True)
+    ranks = [int(pid) for pid in found.stdout.split() if os.getpgid(int(pid)) != os.getpgid(job.pid)]
+    assert len(ranks) == 4
+    os.kill(ranks[-1], signal.SIGKILL)
+    since = time.time()
+    text, _ = job.communicate(timeout=90)
+    print(f"down after {time.time() - since:.0f} s")
+    assert job.returncode not in (0, None) and "SIGKILL" in text
+    done = torch.load(tmp_path / "killed/ar.pt", weights_only=True)["step"]
+    again = torchrun(2, command(tmp_path / "killed", folder, ar_steps=max(6, done + 2)))
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and f"step {done} of" in text, text
+    for name, out in (("tokenizer.pt", "four"), ("ar.pt", "four"), ("tokenizer.pt", "killed")):
+        one, two = weights(small / name), weights(tmp_path / out / name)
+        for k in one:
+            assert (two[k].float() - one[k].float()).abs().mean() < 1e-4, (name, k)
+
+
+def test_two_runs_in_one_folder_the_second_is_refused(folder, tmp_path, capsys):
+    argv, log = command(tmp_path, folder), tmp_path / "log"
+    process = start(argv, log, functools.partial(slow_steps, 0.2))
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    assert df.main(argv) == 2
+    assert "another run is at work" in one_error(capsys.readouterr().err)
+    assert end(process, log)[0] == 0
+    assert df.main([*argv, "--stage", "eval"]) == 0
+
+
+# == Wrong command lines and calls ==
+
+WRONG = """
+--tok-steps 0 | tok_steps must lie in 1..
+--tok-steps -5 | tok_steps
+--tok-steps 1e3 | invalid int value: '1e3'
+--tok-steps many | invalid int
+--tok-steps | expected one argument
+--tok-lr nan | tok_lr must lie in
+--tok-lr inf | tok_lr
+--tok-lr -1 | tok_lr
+--tok-lr 2 | tok_lr must lie in 0..1, got 2.0
+--ar-lr x | invalid float
+--seed -1 | seed must lie in 0..
+--seed 1.5 | invalid int
+--seed 99999999999 | seed
+--device gpu | device gpu can't be used
+--device cuda:77 | cuda:77
+--device meta | device must be auto, cpu, cuda
+--dtype half | auto, float32, bfloat16
+--workers -1 | workers
+--workers 100000 | workers must lie in 0..256
+--log-every 0 | log_every
+--save-every 0 | save_every
+--optimizer sgd | muon, adamw
+--accum 0 | accum
+--accum 3 | multiple of processes x accum = 3, got 8
+--data nowhere | --data must be shapes, cifar10 or a folder
+--data cifar10 | image_size must be 32
+--image-size 0 | image_size
+--image-size 18 | image_size must be a multiple of patch_size 4, got 18
+--image-size 1000000 | 8192
+--crop 0 | crop must lie in 0.1..1
+--num-tokens 10 | multiple of group_size 3
+--num-tokens 3 | at least 6
+--num-tokens 0 | num_tokens
+--num-tokens 1000000000 | 4096
+--group-size 0 | group_size
+--group-size 5 | group_size 5
+--causal-num 4 | causal_num must be a multiple of group_size 3, got 4
+--causal-num 12 | at least 15
+--alpha 0 | alpha
+--alpha 100 | 0.01..10
+--patch-size 0 | patch_size
+--dec-patch-size 5 | dec_patch_size 5
+--codebook-size 1 | 2..65536
+--codebook-size 4 | noise_topk must not exceed codebook_size 4
+--enc-heads 5 | enc_width must be a multiple of enc_heads 5
+--dec-heads 3 | dec_heads 3
+--ar-heads 16 | multiple of 4
+--enc-width 99999999 | 16384
+--enc-depth 0 | enc_depth
+--dropout 1 | 0..0.99
+--class-dropout 2 | class_dropout
+--coarse-prob 1.1 | 0..1
+--min-size 64 | min_size must not exceed image_size 16
+--dynamic-prob 1 --dec-patch-size 2 | multiple of patch_size 4, got 2
+--disc-weight 1 --image-size 2 --patch-size 1 | at least 4
+--disc vgg | patch, dino
+--enc-init clip | random, siglip2
+--guidance -1 | guidance
+--schedule cosine | constant, linear
+--temperature -0.1 | temperature
+--top-k -1 | top_k
+--top-p 0 | top_p
+--top-p 1.5 | top_p
+--eval-samples 1 | eval_samples
+--eval-batch 0 | eval_batch
+--correction 1 | unrecognized arguments: 1
+--compile=yes | explicit argument
+--no-such-flag | unrecognized
+--tok 5 | unrecognized
+--preset imagenet | invalid choice: 'imagenet'
+--stage train | invalid choice: 'train'
+--stage ar --tokenizer nowhere.pt | nowhere.pt
+--out /proc/nope | /proc/nope
+extra | unrecognized arguments: extra
+"""
+WRONG_SAMPLE = """
+--run nowhere | no checkpoint nowhere/tokenizer.pt
+--tokenizer nowhere.pt | nowhere.pt
+--ar {run}/tokenizer.pt | not a checkpoint of the ar stage
+--tokenizer {run}/log.jsonl | log.jsonl is not a checkpoint
+--tokenizer {run} | holds no checkpoints/*.pt
+--classes dragon | no class dragon; there are 0..1: cat, dog
+--classes 2 | no class 2
+--classes -1 | no class -1
+--classes | expected at least one argument
+--num 0 | at least 1
+--num -3 | at least 1
+--num x | invalid int
+--num 1000000000000 | at most 10000000
+--tokens 0 | must be one of [1, 2, 3, 6, 9, 12], got 0
+--tokens 4 | must be one of
+--tokens -3 | must be one of
+--batch 0 | at least 1
+--seed -1 | seed
+--image nowhere.png | nowhere.png
+--image {run} | can't be read as a picture
+--image {run}/log.jsonl | log.jsonl can't be read as a picture
+--npz . | --npz must name a file, got .
+--npz {run} | --npz must name a file
+--npz nowhere/x.npz | nowhere/x
+--out {run}/log.jsonl | log.jsonl
+--guidance -1 | guidance
+--guidance nan | guidance
+--temperature inf | temperature
+--schedule x | constant, linear
+--top-k 0.5 | invalid int
+--top-p 2 | top_p
+--device gpu | gpu
+--dtype half | bfloat16
+--no-such | unrecognized
+"""
+
+
+def test_wrong_command_lines_name_the_value_and_what_is_allowed(small, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for table, base, main, name in (
+        (WRONG, command(tmp_path / "out", folder, disc_weight=0), df.main, "detailflow: "),
+        (WRONG_SAMPLE, ["--run", str(small), "--out", str(tmp_path / "out")], sample.main, "sample.py: "),
+    ):
+        for line in table.strip().splitlines():
+            words, wanted = line.format(run=small).split(" | ") if main is sample.main else line.split(" | ")
+            try:
+                status, name_now = main([*base, *words.split()]), name
+            except SystemExit as error:
+                status, name_now = error.code, ""
+            text = capsys.readouterr().err
+            last = text.strip().splitlines()[-1] if not name_now else one_error(text, name_now)
+            assert status == 2 and wanted in last and "Traceback" not in text and len(last) < 400, (line, text)
+    assert sorted(os.listdir(tmp_path)) in ([], ["out"]) and not list(tmp_path.glob("out/*.pt"))
+
+
+def test_a_built_in_sets_number_of_classes_is_its_own(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(df, "train_tokenizer", lambda config, machine: seen.append(config.num_classes))
+    assert df.main(["--num-classes", "5", "--stage", "tokenizer", "--out", str(tmp_path)]) == 0 and seen == [10]
+
+
+def test_ctrl_c_ends_sample_with_one_line(small, tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(df, "generate", stop)
+    assert sample.main(["--run", str(small), "--out", str(tmp_path)]) == 130
+    assert "interrupted" in one_error(capsys.readouterr().err, "\nsample.py: ".strip("\n"))
+
+
+def wrong_calls(small):
+    config, zero = df.Config(**TINY), torch.tensor([0])
+    tokenizer, ar = df.Tokenizer(config), df.ARTransformer(config)
+    codes, eye = torch.zeros(1, 12, dtype=torch.long), np.eye(2)
+
+    def drawn(labels=zero, **more):
+        return lambda: df.generate(ar, labels, **more)
+
+    return [
+        ("num_tokens", lambda: df.Config(num_tokens="32")),
+        ("enc_width", lambda: df.Config(enc_width=96.0)),
+        ("seed", lambda: df.Config(seed=None)),
+        ("compile", lambda: df.Config(compile=1)),
+        ("data", lambda: df.Config(data=Path("x"))),
+        ("accum", lambda: df.Config(accum=np.int64(1))),
+        ("tok_lr", lambda: df.Config(tok_lr=math.nan)),
+        ("workers", lambda: df.Config(workers=True)),
+        ("images must be a tensor", lambda: tokenizer.encode(np.zeros((1, 3, 16, 16)))),
+        ("images must be a tensor", lambda: tokenizer.encode("x.png")),
+        ("tensor", lambda: tokenizer.encode(None)),
+        ("multiples of 4", lambda: tokenizer.encode(torch.zeros(1, 3, 18, 16))),
+        ("float", lambda: tokenizer.encode(torch.zeros(1, 3, 16, 16).byte())),
+        ("(B, 3, H, W)", lambda: tokenizer.encode(torch.zeros(1, 1, 16, 16))),
+        ("(B, 3, H, W)", lambda: tokenizer.encode(torch.zeros(0, 3, 16, 16))),
+        ("finite", lambda: tokenizer.encode(torch.full((1, 3, 16, 16), math.nan))),
+        ("codes must be a tensor", lambda: tokenizer.decode([[0] * 12])),
+        ("n in [1, 2, 3, 6", lambda: tokenizer.decode(codes[:, :4])),
+        ("integer", lambda: tokenizer.decode(codes.float())),
+        ("integer", lambda: tokenizer.decode(codes.bool())),
+        ("0..39", lambda: tokenizer.decode(codes + 40)),
+        ("0..39", lambda: tokenizer.decode(codes - 1)),
+        ("(B, n)", lambda: tokenizer.decode(codes[0])),
+        ("patch size 4", lambda: tokenizer.decode(codes, size=6)),
+        ("got 0", lambda: tokenizer.decode(codes, size=0)),
+        ("got 8.0", lambda: tokenizer.decode(codes, size=8.0)),
+        ("size", lambda: tokenizer.decode(codes, size=-4)),
+        ("labels must be a tensor", lambda: ar([0], codes)),
+        ("codes must be a tensor", lambda: ar(zero, [[0] * 12])),
+        ("(B, 12)", lambda: ar(zero, codes[:, :6])),
+        ("integers", lambda: ar(zero, codes.float())),
+        ("integers", lambda: ar(zero.float(), codes)),
+        ("(B,)", lambda: ar(torch.tensor([0, 1]), codes)),
+        ("codes must lie in 0..39", lambda: ar(zero, codes + 40)),
+        ("labels must lie in 0..10", lambda: ar(zero + 11, codes)),
+        ("labels must be a tensor", drawn([0])),
+        ("labels must lie in 0..9", drawn(torch.tensor([11]))),
+        ("labels", drawn(torch.tensor([0.5]))),
+        ("labels", drawn(torch.tensor([[0]]))),
+        ("labels", drawn(zero[:0])),
+        ("guidance", drawn(guidance="2")),
+        ("guidance", drawn(guidance=1e38)),
+        ("guidance", drawn(guidance=None)),
+        ("temperature", drawn(temperature=math.inf)),
+        ("temperature", drawn(temperature="hot")),
+        ("top_k", drawn(top_k=1.5)),
+        ("top_k", drawn(top_k=math.inf)),
+        ("top_p", drawn(top_p=math.nan)),
+        ("schedule", drawn(schedule=None)),
+        ("seeds must be 1 integers", drawn(seeds=[0.5])),
+        ("seeds", drawn(seeds=["a"])),
+        ("seeds", drawn(seeds=5)),
+        ("seeds", drawn(seeds=[2**70])),
+        ("seeds", drawn(seeds=[])),
+        ("num_tokens", drawn(num_tokens=4)),
+        ("num_tokens", drawn(num_tokens=6.0)),
+        ("num_tokens", drawn(num_tokens=0)),
+        ("train, val", lambda: df.Shapes("all")),
+        ("size", lambda: df.Shapes(size=0)),
+        ("size", lambda: df.Shapes(size=1.5)),
+        ("'a'", lambda: df.Shapes()["a"]),
+        ("index", lambda: df.Shapes()[1.5]),
+        ("0..19999", lambda: df.Shapes()[20000]),
+        ("0..1999", lambda: df.Shapes("val")[-1]),
+        ("int64", lambda: df.Shapes().draw(torch.tensor([0.5]))),
+        ("tensor", lambda: df.Shapes().draw([1])),
+        ("fit each other", lambda: df.frechet_distance(np.zeros(2), eye, np.zeros(3), np.eye(3))),
+        ("fit each other", lambda: df.frechet_distance(np.zeros(2), np.zeros(2), np.zeros(2), eye)),
+        ("finite", lambda: df.frechet_distance(np.zeros(2), eye * math.nan, np.zeros(2), eye)),
+        ("symmetric", lambda: df.frechet_distance(np.zeros(2), np.triu([[1, 1], [0, 1]]), np.zeros(2), eye)),
+        ("nowhere.pth", lambda: df.InceptionV3("nowhere.pth")),
+        ("log.jsonl", lambda: df.InceptionV3(small / "log.jsonl")),
+        ("no checkpoint nowhere.pt", lambda: df.load_model("nowhere.pt", "ar")),
+        ("not a checkpoint of the ar stage", lambda: df.load_model(small / "tokenizer.pt", "ar")),
+        ("x stage", lambda: df.load_model(small / "tokenizer.pt", "x")),
+        ("x.pt", lambda: df.load_official("x.pt")),
+        ("checkpoints/*.pt", lambda: df.load_official(small)),
+        ("config.json", lambda: df.load_official(small / "ar.pt")),
+        ("published files are", lambda: df.published("resnet.pth")),
+        ("nope", lambda: df.read_picture("nope.png")),
+        ("nope", lambda: df.read_foreign("nope.pt")),
+        ("nope", lambda: df.read_safetensors("nope.safetensors")),
+        ("shapes, cifar10 or a folder", lambda: df.open_data(df.Config(data="nope"), CPU, "train")),
+    ]
+
+
+def test_wrong_calls_are_refused_in_one_line_that_names_the_value(small):
+    calls = wrong_calls(small)
+    assert len(calls) >= 40
+    for i, (word, call) in enumerate(calls):
+        with pytest.raises((df.Refused, IndexError), match=re.escape(word)) as error:
+            call()
+        assert "\n" not in str(error.value), (i, word)
+
+
+def test_a_temperature_near_0_is_0_and_never_overflows():
+    logits = torch.tensor([[[1.0, 3.0, 2.0]]])
+    for temperature in (0, 1e-45, 1e-38, 1e-7, 1e-6):
+        assert df.draw_codes(logits, torch.tensor([[0.9]]), temperature).tolist() == [[1]]
+
+
+# == Soak ==
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_runs_leave_memory_and_files_flat(folder, tmp_path):
+    minutes = float(os.environ.get("SOAK_MINUTES", 10))
+    start_of_all, rounds, memory, handles = time.time(), 0, [], []
+    while time.time() - start_of_all < 60 * minutes:
+        rounds += 1
+        out, log = tmp_path / "out", tmp_path / "log"
+        workers = 2 if rounds % 4 == 0 else 0
+        for steps in (3, 6):
+            argv = command(out, folder, ar_steps=steps, workers=workers)
+            if rounds % 3:
+                assert df.main(argv) == 0
+            else:
+                assert end(start(argv, log), log)[0] == 0
+        assert sample.main(["--run", str(out), "--num", "8"]) == 0
+        assert sample.main(["--run", str(out), "--num", "8", "--npz", str(tmp_path / "x.npz")]) == 0
+        shutil.rmtree(out)
+        gc.collect()
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+        handles.append(len(os.listdir("/proc/self/fd")))
+    children = [p for p in Path("/proc").glob("[0-9]*/stat") if p.read_text().split()[3] == str(os.getpid())]
+    zombies = [p for p in children if p.read_text().split()[2] == "Z"]
+    middle = memory[rounds // 2]
+    print(f"{rounds} rounds, MiB {memory[0]:.0f} {middle:.0f} {memory[-1]:.0f}, files {handles[0]} {handles[-1]}")
+    assert not zombies and handles[-1] <= handles[min(4, rounds - 1)] + 2
+    assert rounds < 8 or np.mean(memory[-3:]) < 1.05 * np.mean(memory[rounds // 2 : rounds // 2 + 3])
