@@ -19,10 +19,12 @@ later tokens (self-correction), and the transformer learns from such repaired se
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
           size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads
 
-Contents  1 randomness as a function    2 settings    3 resolution mapping R(n)    4 the mask    5 vision transformer
-          6 quantiser    7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
-          11 published weights (paper scale: skip it at first)    12 data    13 training, shared    14 tokenizer stage
-          15 AR stage    16 pictures    17 FID    18 evaluation    19 benchmark    20 command line
+Contents  1 randomness as a function    2 settings
+          the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
+                          7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
+          at its scale    11 published weights: the authors' models, SigLIP 2, LPIPS, DINO (skip it at first)
+          making it real  12 data    13 training, shared    14 tokenizer stage    15 AR stage    16 pictures    17 FID
+                          18 evaluation    19 benchmark    20 command line
 
 Where we leave the authors' code (ByteFlow-AI/DetailFlow), which else wins over the paper: generation keeps a KV cache;
 patches are encoded once for both self-correction passes; the noise position is drawn for each image, not each batch;
@@ -1851,7 +1853,8 @@ def fill_file(path, record, machine, images, work):
                 new = path.with_suffix(".new")
                 np.lib.format.open_memmap(new, "w+", record, (images,)).flush()
                 with open(new, "r+b") as file:      # take the room now: a disk that fills up later would kill us
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
+                    if hasattr(os, "posix_fallocate"):                      # (macOS has none)
+                        os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
                 os.replace(new, aside)
         file = np.lib.format.open_memmap(aside, "r+")
         todo = machine.share(np.arange(images))
@@ -1922,11 +1925,10 @@ class Progress:
                       "skipped": self.count - round(taken)}
             self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             self.sums, self.count, self.since = {}, 0, time.time()
-        if self.machine.world > 1:                      # processes must agree, at every tenth step
-            flag = torch.tensor(self.asked if done % 10 == 0 else 0, device=self.machine.device)
-            self.leaving = int(self.machine.total(flag)) if done % 10 == 0 else 0
-        else:
-            self.leaving = self.asked
+        self.leaving = self.asked
+        if self.machine.world > 1:                      # processes must agree: at every tenth step they ask each other
+            asked = torch.tensor(self.asked, device=self.machine.device)
+            self.leaving = 0 if done % 10 else int(self.machine.total(asked))
         return done % self.config.save_every == 0 or done == self.steps or self.leaving > 0
 
     def saved(self, done):
