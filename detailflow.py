@@ -2413,9 +2413,9 @@ class Bench:
 
     def __init__(self, machine):
         self.machine = machine
-        big, dtype = torch.zeros(2**26, device=machine.device), machine.dtype               # 256 MB
+        (big, other), dtype = torch.zeros(2, 2**26, device=machine.device), machine.dtype    # 256 MB each
         square = torch.ones(2048, 2048, device=machine.device, dtype=dtype)
-        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: big.clone(), 5)[0]           # read and written
+        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: other.copy_(big), 5)[0]      # read and written
         self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square, 5)[0]
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.say(gpu=gpu, threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(dtype),
@@ -2570,13 +2570,16 @@ def main(argv=None):
                 print(f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}")
             return 0
         machine = start_machine(config)
+        for name in ("inception", "reference"):
+            path = getattr(config, name)
+            require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
         for batch in ("tok_batch", "ar_batch"):
             parts, size = machine.world * config.accum, getattr(config, batch)
             require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
-        if config.data not in BUILT_IN:
-            config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-        else:
+        if config.data in BUILT_IN:
             config.num_classes = 10
+        elif stage != "bench":
+            config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
         with alone(Path(config.out), machine):
             for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate),
                                ("bench", benchmark)):
