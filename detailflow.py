@@ -284,8 +284,14 @@ def prefix_lengths(config):
 
 def resolution(config, n):
     """R(n), the side in pixels that the first n tokens explain: R(1) = 1, ..., R(N) = R.
+
     R(n) = R - (R - 1) / (N - 1)^alpha * (N - n)^alpha, cut to an integer as in the authors' code. alpha > 1 rises
-    fast at first: few tokens buy the layout, most are spent on detail."""
+    fast at first: few tokens buy the layout, most are spent on detail. For N = 8, R = 16, alpha = 1.5, p = 4:
+
+        tokens n      1   2   3   4   5   6   7   8
+        R(n)          1   4   6   9  11  13  15  16
+        decoded at    4   4   8  12  12  16  16  16     rounded up to whole patches
+    """
     R, N = config.image_size, config.num_tokens
     slope = (R - 1) / (N - 1) ** config.alpha
     return min(max(int(R - slope * (N - n) ** config.alpha), 1), R)

@@ -194,6 +194,20 @@ def test_resolution_mapping_by_hand():
     assert df.best_prefix(config) == {4: 2, 8: 3, 12: 4, 16: 5}
 
 
+def drawn(text, row):
+    """What stands in a row of a drawing in a docstring or comment."""
+    return re.search(rf"^[ #]*{row} (.*)$", text, re.M)[1]
+
+
+def test_resolution_mapping_equals_its_drawing():
+    config = df.Config(image_size=16, patch_size=4, num_tokens=8, group_size=1)
+    names = "tokens n", r"R\(n\)  ", "decoded at"
+    n, side, size = ([int(x) for x in re.findall(r"\d+", drawn(df.resolution.__doc__, name))] for name in names)
+    assert n == df.prefix_lengths(config)
+    assert side == [df.resolution(config, k) for k in n]
+    assert size == [df.decoder_size(config, k) for k in n]
+
+
 @pytest.mark.skipif(not (SHARED / "resolution_map.json").exists(), reason="../shared is absent")
 def test_resolution_mapping_equals_the_authors():
     for name, theirs in json.loads((SHARED / "resolution_map.json").read_text()).items():
@@ -345,6 +359,25 @@ def test_self_correction_keeps_the_prefix_spoils_the_group_and_redoes_the_rest(c
     assert (gradient[0, end:] != 0).any(-1).all() and not gradient[0, :end].any()
 
 
+def test_self_correction_equals_its_drawing():
+    """a: as in the first pass; x: spoilt; q: asked again; b: the answer."""
+    config = df.Config(**TINY | {"num_tokens": 8, "group_size": 2})
+    torch.manual_seed(0)
+    tokenizer, rows = df.Tokenizer(config), {}
+    for row in ("clean", "queries", "codes", "labels"):
+        rows[row] = re.findall(r"\b[axqb]\d", drawn(df.Tokenizer.correct.__doc__, row))
+        assert [int(entry[1]) for entry in rows[row]] == list(range(8))
+    past = tokenizer.encode_patches(images())
+    clean = tokenizer.quantize(past)
+    fixed = tokenizer.correct(past, clean, torch.full((4,), 2), torch.full((4, 2), 7))
+    spoilt = tokenizer.quantizer.nearest(clean.latents, 8)[..., 7]
+    answers = {"a": clean.codes, "x": spoilt, "b": fixed.codes}
+    for row, ours in (("clean", clean.codes), ("codes", fixed.codes), ("labels", fixed.labels)):
+        for i, entry in enumerate(rows[row]):
+            assert torch.equal(ours[:, i], answers[entry[0]][:, i]), (row, i)
+    assert [entry[0] == "q" for entry in rows["queries"]] == fixed.redone[0].tolist()
+
+
 def test_noise_falls_on_single_early_tokens_or_whole_groups_and_never_on_the_last_group(config):
     keys = df.fold(df.root_key(0, "test"), torch.arange(3000))
     start, ranks = df.draw_noise(config, keys, 12)
@@ -394,6 +427,22 @@ def test_a_logit_depends_exactly_on_the_codes_of_earlier_groups(causal_num):
         moved = (model(labels, other) != logits).any(-1)[0]
         allowed = [i > j if i < causal_num else i // 3 > j // 3 for i in range(12)]
         assert moved.tolist() == allowed, j
+
+
+def test_sequence_and_passes_equal_their_drawing():
+    text = (HERE / "detailflow.py").read_text()
+    config = df.Config(**TINY | {"num_tokens": 8, "group_size": 2})
+    model, labels, codes = df.ARTransformer(config), torch.tensor([3]), torch.arange(8)[None]
+    given = {"class": model.class_embed(labels)[0], "special": model.specials[0]}
+    given |= {f"code {i}": model.code_embed(codes)[0, i] for i in range(8)}
+    entries = re.findall(r"class|special|code \d", drawn(text, "input"))
+    x = model.embed(labels, codes[:, :6])[0]
+    assert len(entries) == len(x) == 8
+    for entry, row in zip(entries, x, strict=True):
+        assert torch.equal(row, given[entry].view(-1)), entry
+    assert re.findall(r"code (\d)", drawn(text, "predicts")) == [str(i) for i in range(8)]
+    passes = re.findall(r"\d", drawn(text, "pass ").split("  G +")[0])
+    assert passes == [str(i + 1) for i in range(len(df.decoding_spans(config, 8)))] and len(passes) == 5
 
 
 def test_first_loss_is_that_of_a_blind_guess(config):
