@@ -406,6 +406,31 @@ def unpatchify(x, p):
     x = x.unflatten(1, (side, side)).unflatten(3, (p, p, 3))                                    # (B, h, w, p, p, 3)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
+PACKED = weakref.WeakKeyDictionary()        # module: (what its weights were, copies of them for oneDNN)
+
+@contextlib.contextmanager
+def packed(module):
+    """For speed alone, on a CPU: inside, the module's linear layers use copies of their weights in the blocked order of
+    oneDNN's matmul. The few rows of a pass of generate() read them about 3 times as fast as in F.linear, which is most
+    of the time it takes. The copies are kept until the weights change."""
+    layers, op = [m for m in module.modules() if type(m) is nn.Linear], torch.ops.mkldnn
+    weight = layers[0].weight
+    if (weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+            or not torch.backends.mkldnn.is_available() or not hasattr(op, "_linear_pointwise")):
+        yield
+        return
+    now = [(m.weight.data_ptr(), m.weight._version) for m in layers]
+    if weight.requires_grad or PACKED.get(module, (None,))[0] != now:       # (fused AdamW leaves the version as it is)
+        PACKED[module] = now, [op._reorder_linear_weight(m.weight.detach()) for m in layers]
+    for m, blocked in zip(layers, PACKED[module][1], strict=True):
+        m.forward = functools.partial(op._linear_pointwise, W=blocked, B=m.bias, attr="none", scalars=[], algorithm="")
+    try:
+        with torch.compiler.set_stance("force_eager"):                      # compiled layers can't take such weights
+            yield
+    finally:
+        for m in layers:
+            del m.forward                   # uncovers the class's own
+
 # == 6. Vector quantiser: nearest neighbour on the unit sphere =========================================================
 
 class Quantized(NamedTuple):
@@ -617,7 +642,8 @@ class Tokenizer(nn.Module):
         require(codes.numel() == 0 or 0 <= codes.min() <= codes.max() < V, f"codes must lie in 0..{V - 1}", codes)
         size = decoder_size(self.config, codes.shape[1]) if size is None else size
         require(type(size) is int and size > 0 == size % p, f"size must be a multiple of the patch size {p}", size)
-        return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
+        with packed(self.decoder):
+            return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
 
     @torch.no_grad()
     def triples(self, images, keys):
@@ -889,29 +915,6 @@ def check_request(config, labels, guidance, schedule, temperature, top_k, top_p,
         whole = False
     require(whole, f"seeds must be {len(labels)} integers, one a label", seeds)
     require(isinstance(num_tokens, int) and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
-
-PACKED = weakref.WeakKeyDictionary()        # model: (what its weights were, a copy of them for oneDNN)
-
-@contextlib.contextmanager
-def packed(model):
-    """For speed alone, on a CPU: while drawing, layers use a copy of their weights in the blocked order of oneDNN's
-    matmul, which for the few rows of a pass reads them about 3 times as fast as F.linear: most of the time that
-    generate() takes. The copy is kept until the weights change."""
-    weight, op = model.output.weight, torch.ops.mkldnn
-    able = (weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkldnn.is_available() and hasattr(op, "_linear_pointwise"))
-    layers = [m for m in model.modules() if able and type(m) is nn.Linear and m.bias is None]
-    now = [(m.weight.data_ptr(), m.weight._version) for m in layers]
-    if weight.requires_grad or PACKED.get(model, (None,))[0] != now:    # (fused AdamW leaves the version as it is)
-        PACKED[model] = now, [op._reorder_linear_weight(m.weight.detach()) for m in layers]
-    for m, blocked in zip(layers, PACKED[model][1], strict=True):
-        m.forward = functools.partial(op._linear_pointwise, W=blocked, B=None, attr="none", scalars=[], algorithm="")
-    try:
-        with torch.compiler.set_stance("force_eager") if layers else contextlib.nullcontext():
-            yield                       # compiled layers can't take weights that change
-    finally:
-        for m in layers:
-            del m.forward               # uncovers the class's own
 
 @torch.no_grad()
 def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, top_k=0, top_p=1.0, seeds=None,
