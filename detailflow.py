@@ -2467,12 +2467,15 @@ def bench_sampling(bench, tokenizer, model, batches, **settings):
     passes = len(decoding_spans(config, config.num_tokens))
     for batch in batches:
         labels, seeds = torch.arange(batch) % config.num_classes, torch.arange(batch)
-        with machine.autocast(), torch.no_grad():
-            codes = generate(model, labels, **settings, seeds=seeds)
-            bench.run("sample: codes", batch, lambda y=labels, i=seeds: generate(model, y, **settings, seeds=i),
-                      passes * (weight_bytes(model) - weight_bytes(model.code_embed)), batch=batch, passes=passes)
-            bench.run("sample: pixels", batch, lambda z=codes: tokenizer.decode(z), weight_bytes(tokenizer.decoder),
-                      batch=batch, image_size=tokenizer.config.image_size)
+        try:
+            with machine.autocast(), torch.no_grad():
+                codes = generate(model, labels, **settings, seeds=seeds)
+                bench.run("sample: codes", batch, lambda y=labels, i=seeds: generate(model, y, **settings, seeds=i),
+                          passes * (weight_bytes(model) - weight_bytes(model.code_embed)), batch=batch, passes=passes)
+                bench.run("sample: pixels", batch, lambda z=codes: tokenizer.decode(z), weight_bytes(tokenizer.decoder),
+                          batch=batch, image_size=tokenizer.config.image_size)
+        except torch.OutOfMemoryError:
+            return bench.say(what="sample", batch=batch, failed="does not fit into the GPU's memory")
 
 def bench_training(bench, config):
     """A step of each stage with random weights and data: with and without self-correction; and the extraction."""
@@ -2521,7 +2524,8 @@ def benchmark(config, machine):
     """Time drawing, training and extraction, a JSON line for each."""
     bench = Bench(machine)
     tokenizer, model = random_models(config, machine)
-    bench_sampling(bench, tokenizer, model, (1, 4, config.eval_batch), **sampling_settings(config))
+    batches = (1, 4, 16, 64, 256, 1024, 4096) if machine.device.type == "cuda" else (1, 4, config.eval_batch)
+    bench_sampling(bench, tokenizer, model, batches, **sampling_settings(config))       # up to the largest that fits
     del tokenizer, model
     bench_training(bench, config)
 
@@ -2570,7 +2574,11 @@ def one_line(error):
 
 def main(argv=None):
     """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+    def terminate(number, frame):           # outside the training loops; they have a gentler way, see Progress
+        raise Interrupted("terminated", number)
+
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, terminate)
     try:
         config, stage, table = parse(sys.argv[1:] if argv is None else argv)
         if table:

@@ -2228,6 +2228,14 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, t
     same_weights(small, tmp_path)
 
 
+def test_sigterm_outside_the_training_loops_says_how_to_go_on_too(small, folder, monkeypatch, capsys):
+    monkeypatch.setattr(df, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
+    before = signal.getsignal(signal.SIGTERM)
+    assert df.main(command(small, folder)) == 143
+    assert "terminated; the same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
     process = start(command(tmp_path, folder), tmp_path / "log", functools.partial(slow_steps, 30))
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
