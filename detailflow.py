@@ -1490,7 +1490,8 @@ class Folder(torch.utils.data.Dataset):
         unknown = [name for name in found.classes if name not in self.classes]
         require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
         self.paths = [path for path, _ in samples]
-        self.labels = torch.tensor([self.classes.index(found.classes[label]) for _, label in samples])
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = torch.tensor([number[found.classes[label]] for _, label in samples])
         full = {found.classes[label] for _, label in found.samples}
         empty = [name for name in self.classes if name not in full and split == "train"]
         require(not empty, f"every class folder of {part} must hold images, {kinds}", "none in " + ", ".join(empty[:5]))
