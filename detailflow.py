@@ -411,8 +411,8 @@ PACKED = weakref.WeakKeyDictionary()        # module: (what its weights were, co
 @contextlib.contextmanager
 def packed(module):
     """For speed alone, on a CPU: inside, the module's linear layers use copies of their weights in the blocked order of
-    oneDNN's matmul. The few rows of a pass of generate() read them about 3 times as fast as in F.linear, which is most
-    of the time it takes. The copies are kept until the weights change."""
+    oneDNN's matmul. The few rows of a pass of generate() read them much faster so than in F.linear, and reading them is
+    most of the time it takes. The copies are kept until the weights change."""
     layers, op = [m for m in module.modules() if type(m) is nn.Linear], torch.ops.mkldnn
     weight = layers[0].weight
     if (weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
@@ -1385,6 +1385,10 @@ def to_uint8(images):
     """Float in [-1, 1] -> uint8, clamped and rounded: to_uint8(to_float(x)) == x."""
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
+def chunks(items, size):
+    """A sequence in lists of at most `size`."""
+    return [list(items[i:i + size]) for i in range(0, len(items), size)]
+
 class Shapes(torch.utils.data.Dataset):
     """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
     Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part."""
@@ -1543,8 +1547,8 @@ class Images:
 
     def in_order(self, rows, batch):
         """(rows, uint8 images) batch by batch, for a sequence of row numbers."""
-        chunks = [list(rows[i:i + batch]) for i in range(0, len(rows), batch)]
-        return zip(chunks, self.fetch(chunks), strict=True)
+        batches = chunks(rows, batch)
+        return zip(batches, self.fetch(batches), strict=True)
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
@@ -1839,17 +1843,15 @@ def load_model(path, stage, device="cpu", ema=True):
         model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
     return model.to(device).eval().requires_grad_(False), state["about"]
 
-def load_pair(tokenizer_path, ar_path, device, ema=True):
-    """A tokenizer and an AR transformer that fit each other -> both, and the names of the classes, None for the
-    authors'. Raises Refused."""
-    tokenizer, _ = load_model(tokenizer_path, "tokenizer", device, ema)
-    model, made_with = load_model(ar_path, "ar", device, ema)
+def load_ar(path, tokenizer, device, ema=True):
+    """An AR transformer that fits a tokenizer -> model, its class names (None for the authors'). Raises Refused."""
+    model, made_with = load_model(path, "ar", device, ema)
     ours, theirs = ([getattr(m.config, name) for name in ("num_tokens", "group_size", "causal_num", "codebook_size")]
                     for m in (tokenizer, model))
-    require(ours == theirs, f"{ar_path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
+    require(ours == theirs, f"{path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
     if ema and made_with.get("tokenizer") not in (None, fingerprint(tokenizer)):
-        raise Refused(f"{ar_path} was trained on codes of another tokenizer than {tokenizer_path}: delete it")
-    return tokenizer, model, made_with.get("classes")
+        raise Refused(f"{path} was trained on codes of another tokenizer than this: delete it")
+    return model, made_with.get("classes")
 
 def fill_file(path, record, machine, images, work):
     """A memory-mapped array of records, made when it is missing: each process fills its share, and the file gets its
@@ -2173,7 +2175,7 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
     """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
     `label`. Image i has seed + i, so neither batch nor process matters."""
     def work(todo):
-        for rows in (todo[i:i + config.eval_batch] for i in range(0, len(todo), config.eval_batch)):
+        for rows in chunks(todo, config.eval_batch):
             settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(rows), "num_tokens": num_tokens}
             with machine.autocast():
                 pixels = to_uint8(tokenizer.decode(generate(model, labels[rows], **settings)))
@@ -2360,9 +2362,8 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     made_of = json.dumps([models, settings, config.seed, config.eval_samples, str(machine.dtype)])
     path = Path(config.out) / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
     drawn = draw_images(path, config, machine, tokenizer, model, torch.arange(config.eval_samples) % config.num_classes)
-    mine = machine.share(range(len(drawn)))
-    chunks = (list(mine[i:i + config.eval_batch]) for i in range(0, len(mine), config.eval_batch))
-    generated = ((rows, torch.tensor(drawn["image"][rows]).permute(0, 3, 1, 2)) for rows in chunks)
+    mine = chunks(machine.share(range(len(drawn))), config.eval_batch)
+    generated = ((rows, torch.tensor(drawn["image"][rows]).permute(0, 3, 1, 2)) for rows in mine)
     mean, covariance, score = moments(len(drawn), generated)
     sha256 = hashlib.sha256(Path(config.inception).read_bytes()).hexdigest()
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
@@ -2376,10 +2377,8 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
 
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
-    out = Path(config.out)
-    load_tokenizer(config, machine)                     # the settings fit it, or follow it
-    paths = config.tokenizer or out / "tokenizer.pt", config.ar or out / "ar.pt"
-    tokenizer, model, classes = load_pair(*paths, machine.device)
+    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
+    model, classes = load_ar(config.ar or out / "ar.pt", tokenizer, machine.device)
     config.num_classes = model.config.num_classes
     val = open_data(config, machine, "val", classes=classes)
     results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}

@@ -122,18 +122,18 @@ def main(argv=None):
         given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
         machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
         out = Path(args.out or ("samples" if args.tokenizer else run))
-        if args.image:
-            tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
-            out.mkdir(parents=True, exist_ok=True)
-            rebuild(args, tokenizer, machine, out)
-            return 0
         if args.bench:
             df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
             config = df.Config(**df.PRESETS[args.bench] | given)
             models = df.random_models(config, machine)
             df.bench_sampling(df.Bench(machine), *models, (1, 4, args.batch), **df.sampling_settings(config))
             return 0
-        tokenizer, model, names = df.load_pair(*paths, machine.device, ema=not args.no_ema)
+        tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
+        if args.image:
+            out.mkdir(parents=True, exist_ok=True)
+            rebuild(args, tokenizer, machine, out)
+            return 0
+        model, names = df.load_ar(paths[1], tokenizer, machine.device, ema=not args.no_ema)
         model.config = dataclasses.replace(model.config, **given)
         if args.bench is not None:
             settings = df.sampling_settings(model.config)
