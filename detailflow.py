@@ -136,7 +136,7 @@ class Config:
     seed: int = setting("run", 0, "seed of everything: weights, order of images, augmentation, samples")
     device: str = setting("run", "auto", "auto, cpu, cuda or cuda:0, ...")
     dtype: str = setting("run", "auto", "auto: bfloat16 on CUDA, else float32", one_of=("auto", "float32", "bfloat16"))
-    compile: bool = setting("run", False, "torch.compile the transformer blocks")
+    compile: bool = setting("run", False, "torch.compile: layers in training, CUDA graphs in sampling")
     workers: int = setting("run", 4, "processes that decode image files", high=256)
     weights: str = setting("run", "", "folder of published weights, downloaded into it when missing [torch's cache]")
     tokenizer: str = setting("run", "", "a tokenizer to use, ours or the authors' folder [OUT/tokenizer.pt]")
@@ -642,8 +642,12 @@ class Tokenizer(nn.Module):
         require(codes.numel() == 0 or 0 <= codes.min() <= codes.max() < V, f"codes must lie in 0..{V - 1}", codes)
         size = decoder_size(self.config, codes.shape[1]) if size is None else size
         require(type(size) is int and size > 0 == size % p, f"size must be a multiple of the patch size {p}", size)
+        return self.paint(codes.long(), size)
+
+    def paint(self, codes, size):
+        """decode() of codes that need no checking: a GPU would have to wait for the answer."""
         with packed(self.decoder):
-            return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
+            return self.decode_vectors(self.quantizer.lookup(codes), size)
 
     @torch.no_grad()
     def triples(self, images, keys):
@@ -776,14 +780,14 @@ class ARBlock(nn.Module):
         self.w1, self.w3 = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False)
         self.w2 = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, x, start, rotary, mask=None, cache=None, keys=None):
-        """x (B, T, D) at positions start .. start+T-1, with angles rotary (T, D/h/2, 2), attends to itself; with a
-        cache (2, B, h, N, D/h) of keys and values also to all positions before, and its own are added there."""
+    def forward(self, x, rotary, mask=None, cache=None, positions=None, end=None, keys=None):
+        """x (B, T, D) with angles rotary (T, D/h/2, 2) attends to itself, as mask (T, T) allows. With a cache
+        (2, B, h, N, D/h) of keys and values its own are added there at `positions` (T,), and it attends to the first
+        `end` of them, or to all N as mask (T, N) allows."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            end = start + x.shape[1]
-            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
+            cache.index_copy_(3, positions, torch.stack([k, v]).type_as(cache))
             k, v = cache[:, :, :, :end]                                                     # (B, h, end, D/h) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + dropout(self.out(y.transpose(1, 2).flatten(2)), self.rate, keys, 0)
@@ -807,6 +811,7 @@ class ARTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)                                  # so that the first loss is ln V
         self.specials = nn.Parameter(torch.randn(config.group_size - 1, D))  # std 1, as in the published models
+        self.compiled, self.cache = None, None                              # see prepare_sampling()
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         mask = group_causal_mask(config.num_tokens, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
@@ -823,21 +828,35 @@ class ARTransformer(nn.Module):
             parts.append(self.code_embed(codes[:, max(start - G, c):]))     # position p >= c + G: code p - G
         return torch.cat(parts, dim=1)
 
-    def run(self, x, start=0, cache=None, keys=None):
-        """Layers and head at positions start .. start+T-1: x (B, T, D) -> logits (B, T, V) float32.
-        Without a cache all positions from 0 are in x, and the mask orders them. With one, x is one position or one
-        group, which may see itself and all before it: no mask is needed."""
+    def run(self, x, keys=None):
+        """Layers and head: x (B, T, D), all positions from 0, which the mask orders -> logits (B, T, V) float32."""
         T = x.shape[1]
-        rotary, mask = self.rotary[start:start + T], self.mask[:T, :T] if cache is None else None
         for i, block in enumerate(self.blocks):
-            layer_keys = None if keys is None else fold(keys, i)
-            x = block(x, start, rotary, mask, None if cache is None else cache[i], layer_keys)
+            x = block(x, self.rotary[:T], self.mask[:T, :T], keys=None if keys is None else fold(keys, i))
+        return self.output(self.norm(x)).float()
+
+    def step(self, x, positions, cache, end=None):
+        """A pass of generate(): x (B, T, D) is the one position or the group at `positions` (T,), which sees itself
+        and all before, the first `end` positions -> logits (B, T, V) float32. Without an `end` it reads the whole
+        cache through the mask: no shape then tells how far we are, and a compiled pass serves every group."""
+        mask = self.mask[positions] if end is None else None                                # (T, N)
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x = block(x, self.rotary[positions], mask, layer_cache, positions, end)
         return self.output(self.norm(x)).float()
 
     def new_cache(self, batch):
-        """Room for the keys and values of all layers and positions: (layers, 2, B, h, N, D/h)."""
-        c = self.config
-        return self.output.weight.new_empty(c.ar_depth, 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads)
+        """Room for the keys and values of all positions, for each layer (2, B, h, N, D/h). Compiled passes find it
+        where it was the last time."""
+        if self.compiled is None or self.cache is None or self.cache[0].shape[1] != batch:
+            c, zeros = self.config, self.output.weight.new_zeros
+            shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
+            cache = [zeros(shape) for _ in self.blocks]
+            if self.compiled is None:
+                return cache
+            self.cache = cache
+            for layer in cache:
+                torch._dynamo.mark_static_address(layer)
+        return self.cache
 
     def forward(self, labels, codes, keys=None):
         """labels (B,) in 0..num_classes (the last is "no class"), codes (B, N) -> logits (B, N, V) float32.
@@ -935,16 +954,28 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     cache = None if slow else model.new_cache(len(labels))
     with contextlib.nullcontext() if slow else packed(model):
         for start, end in decoding_spans(config, num_tokens):
+            positions = torch.arange(start, end, device=device)
             if slow:
-                logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]
+                logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]            # (2B, end - start, V)
+            elif model.compiled:
+                logits = model.compiled(model.embed(labels, codes[:, :start], start), positions, cache)
             else:
-                logits = model.run(model.embed(labels, codes[:, :start], start), start, cache)  # (2B, end - start, V)
+                logits = model.step(model.embed(labels, codes[:, :start], start), positions, cache, end)
             if guided:
                 conditional, free = logits.chunk(2)
                 logits = free + (conditional - free) * guidance_scale(config, start, guidance, schedule)
             drawn = draw_codes(logits, u[:, start:end], temperature, top_k, top_p)
             codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
+
+def prepare_sampling(tokenizer, model, machine, compiled):
+    """For speed alone: weights in the dtype that is computed in, once. Compiled, on a GPU: a pass of generate(), like
+    the decoder, becomes one CUDA graph of hundreds of small kernels. Shapes don't grow with the sequence, so that two
+    graphs, for single positions and for groups, serve all passes."""
+    model.to(machine.dtype)
+    if compiled and machine.device.type == "cuda":      # (a CPU's packed weights can't be compiled, and are faster)
+        graph = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
+        model.compiled, tokenizer.decode_vectors = graph(model.step), graph(tokenizer.decode_vectors)
 
 # == 11. Published weights: the authors' checkpoints, and the networks that training at the paper's scale leans on =====
 
@@ -1513,7 +1544,7 @@ class Folder(torch.utils.data.Dataset):
                 new, self.broken[index] = not self.broken[index], True
                 count = int(self.broken.sum())
                 if new:
-                    print(f"\nskipped: broken image {count} of {len(self)}: {error}", file=sys.stderr)
+                    sys.stderr.write(f"\nskipped: broken image {count} of {len(self)}: {error}\n")
                 require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
                         f"{count} of {len(self)}, the last {self.paths[index]}")
                 others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
@@ -1856,7 +1887,7 @@ def load_ar(path, tokenizer, device, ema=True):
 def fill_file(path, record, machine, images, work):
     """A memory-mapped array of records, made when it is missing: each process fills its share, and the file gets its
     name when all is done. A killed job goes on with the records that are not marked as done, also with another number
-    of processes. record: fields of a numpy dtype; work(rows) yields (some of the rows, {field: values})."""
+    of processes. record: fields of a numpy dtype; work(rows) yields (some of the rows, {field: tensor})."""
     aside, record = path.with_suffix(".part"), np.dtype([("done", "?"), *record])
     machine.barrier()
     if not path.exists():
@@ -1872,9 +1903,19 @@ def fill_file(path, record, machine, images, work):
         todo = machine.share(np.arange(images))
         todo = todo[~file["done"][todo]].tolist()
         bar = tqdm(total=len(todo), desc=path.stem, unit="image", disable=True if machine.rank else None)
-        for rows, values in work(todo):
+
+        def on_the_way():                           # to the CPU: values, and an event when they are there
+            for rows, values in work(todo):
+                values = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
+                cuda = machine.device.type == "cuda"
+                yield rows, values, torch.cuda.current_stream().record_event() if cuda else None
+            yield None
+
+        for (rows, values, arrived), _ in itertools.pairwise(on_the_way()):     # a GPU is at the next while we write
+            if arrived:
+                arrived.synchronize()
             for name, value in values.items():
-                file[name][rows] = value
+                file[name][rows] = value.numpy()
             file.flush()                            # first the record, then the mark
             file["done"][rows] = True
             bar.update(len(rows))
@@ -2068,7 +2109,7 @@ def extract_codes(config, machine, tokenizer, images):
             keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
             with machine.autocast():
                 triples = tokenizer.triples(x, keys).unflatten(0, (-1, views))              # (b, views, 3, N)
-            yield rows, {"codes": triples.cpu().numpy(), "label": images.labels[rows].numpy()}
+            yield rows, {"codes": triples, "label": images.labels[rows]}
 
     record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
     codes = fill_file(path, record, machine, len(images), work)
@@ -2174,14 +2215,16 @@ def samples(tokenizer, model, config, columns=8):
 def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None):
     """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
     `label`. Image i has seed + i, so neither batch nor process matters."""
+    side = decoder_size(tokenizer.config, num_tokens or config.num_tokens)
+    prepare_sampling(tokenizer, model, machine, config.compile)
+
     def work(todo):
         for rows in chunks(todo, config.eval_batch):
             settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(rows), "num_tokens": num_tokens}
-            with machine.autocast():
-                pixels = to_uint8(tokenizer.decode(generate(model, labels[rows], **settings)))
-            yield rows, {"image": pixels.permute(0, 2, 3, 1).cpu().numpy(), "label": labels[rows].numpy()}
+            with machine.autocast(), torch.no_grad():
+                pixels = to_uint8(tokenizer.paint(generate(model, labels[rows], **settings), side))
+            yield rows, {"image": pixels.permute(0, 2, 3, 1), "label": labels[rows]}
 
-    side = decoder_size(tokenizer.config, num_tokens or config.num_tokens)
     return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
 
 # == 17. Frechet Inception Distance ====================================================================================
@@ -2447,7 +2490,8 @@ class Bench:
     def run(self, what, units, work, moved, repeat=3, **more):
         """Time work(), which makes `units` images and has to move at least `moved` bytes."""
         packed_flops = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *rest, **more: 2 * math.prod(x) * w[0]}
-        with FlopCounterMode(display=False, custom_mapping=packed_flops) as counted:
+        counted = FlopCounterMode(display=False, custom_mapping=packed_flops)
+        with counted, torch.compiler.set_stance("force_eager"):
             work()
         if self.machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -2464,16 +2508,18 @@ def weight_bytes(module):
 def bench_sampling(bench, tokenizer, model, batches, **settings):
     """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
     config, machine = model.config, bench.machine
-    passes = len(decoding_spans(config, config.num_tokens))
+    passes, side = len(decoding_spans(config, config.num_tokens)), tokenizer.config.image_size
+    prepare_sampling(tokenizer, model, machine, config.compile)
     for batch in batches:
+        torch.compiler.reset()                          # it gives up on a function that it has met in too many shapes
         labels, seeds = torch.arange(batch) % config.num_classes, torch.arange(batch)
         try:
             with machine.autocast(), torch.no_grad():
-                codes = generate(model, labels, **settings, seeds=seeds)
+                codes = torch.randint(config.codebook_size, (batch, config.num_tokens), device=machine.device)
                 bench.run("sample: codes", batch, lambda y=labels, i=seeds: generate(model, y, **settings, seeds=i),
                           passes * (weight_bytes(model) - weight_bytes(model.code_embed)), batch=batch, passes=passes)
-                bench.run("sample: pixels", batch, lambda z=codes: tokenizer.decode(z), weight_bytes(tokenizer.decoder),
-                          batch=batch, image_size=tokenizer.config.image_size)
+                bench.run("sample: pixels", batch, lambda z=codes: tokenizer.paint(z, side),
+                          weight_bytes(tokenizer.decoder), batch=batch, image_size=side)
         except torch.OutOfMemoryError:
             return bench.say(what="sample", batch=batch, failed="does not fit into the GPU's memory")
 

@@ -20,7 +20,7 @@ import torch
 
 import detailflow as df
 
-SETTINGS = ("device", "dtype", "guidance", "schedule", "temperature", "top_k", "top_p")    # these override the run's
+SETTINGS = ("device", "dtype", "compile", "guidance", "schedule", "temperature", "top_k", "top_p")  # not the run's
 
 
 def parse(argv):
@@ -42,8 +42,8 @@ def parse(argv):
     parser.add_argument("--no-ema", action="store_true", help="the last weights instead of their average")
     for name in SETTINGS:
         field = df.Config.__dataclass_fields__[name]
-        text = field.metadata["help"] + " [as trained]"
-        parser.add_argument("--" + name.replace("_", "-"), type=field.type, help=text)
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + name.replace("_", "-"), help=field.metadata["help"] + " [as trained]", **kind)
     return parser.parse_args(argv)
 
 
@@ -96,6 +96,7 @@ def draw(args, tokenizer, model, machine, names, out):
         seconds = time.time() - since
         machine.say(f"{args.npz}: arr_0 {drawn['image'].shape} uint8, arr_1 {count} labels, {seconds:.0f} s")
         return
+    df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     images, codes = [], []
     for rows in torch.arange(count).split(args.batch):
         with machine.autocast():
