@@ -62,7 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -2187,6 +2187,29 @@ def save_picture(rows, path):
     with written_whole(path) as file:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
 
+def save_plot(path, title, curves, width=720, height=420):
+    """Curves {name: [(x, y), ...]} with axes, as one PNG."""
+    left, top, right, bottom = 70, 30 + 20 * len(curves), width - 30, height - 40
+    spans = [(min(values), max(values)) for values in zip(*itertools.chain(*curves.values()), strict=True)]
+    (x0, x1), (y0, y1) = ((a, b if b > a else a + 1) for a, b in spans)
+    picture = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+
+    def place(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    pen.text((left, 8), title, "black", font)
+    for x, y in ((x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4) for i in range(5)):
+        pen.line([place(x0, y), place(x1, y)], "lightgrey")
+        pen.text((left - 8, place(x0, y)[1]), f"{y:.3g}", "black", font, "rm")
+        pen.text((place(x, y0)[0], bottom + 8), f"{x:.4g}", "black", font, "mt")
+    for i, (name, points) in enumerate(curves.items()):
+        color = ("royalblue", "darkorange", "seagreen", "crimson")[i % 4]
+        pen.line([place(*point) for point in points], color, 3)
+        pen.text((right, 8 + 20 * i), name, color, font, "ra")
+    with written_whole(path) as file:
+        picture.save(file, format="png")
+
 def strip_lengths(config, most=8):
     """About `most` prefix lengths from 1 to N, each about twice the one before."""
     wanted = [config.num_tokens ** (i / (most - 1)) for i in range(most)]
@@ -2202,6 +2225,21 @@ def reconstructions(tokenizer, pixels):
     """A row for each uint8 image (B, 3, R, R): from 1 ... N tokens, then itself. (B, lengths + 1, 3, R, R)."""
     images = to_float(pixels)
     return torch.cat([coarse_to_fine(tokenizer, tokenizer.encode(images)), images[:, None]], dim=1)
+
+@torch.no_grad()
+def repairs(tokenizer, pixels):
+    """What self-correction mends, a row for each uint8 image (B, 3, R, R): itself, decoded, with a group spoilt and the
+    rest kept, with the rest encoded again, and what the spoilt group changes in these two, fourfold."""
+    config, images = tokenizer.config, to_float(pixels)
+    past = tokenizer.encode_patches(images)
+    clean = tokenizer.quantize(past)
+    start = torch.full_like(clean.codes[:, 0], config.causal_num if config.num_tokens > config.causal_num else 0)
+    ranks = torch.full((len(images), config.group_size), config.noise_topk - 1, device=images.device)
+    fixed = tokenizer.correct(past, clean, start, ranks)
+    kept = torch.where(fixed.redone, clean.codes, fixed.codes)
+    good, spoilt, mended = (tokenizer.decode(codes) for codes in (clean.codes, kept, fixed.codes))
+    changes = [(4 * (x - good).abs() - 1).clamp(max=1) for x in (spoilt, mended)]
+    return torch.stack([images, good, spoilt, mended, *changes], dim=1)             # (B, 6, 3, R, R)
 
 def sampling_settings(config):
     return {name: getattr(config, name) for name in ("guidance", "schedule", "temperature", "top_k", "top_p")}
@@ -2418,6 +2456,27 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
                          "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
                          "models": models, **settings}}
 
+def draw_curves(config, out, found, loss):
+    """What a run shows in curves, as pictures in its folder; `found` from measure_tokenizer, loss by position."""
+    lengths, N, G = prefix_lengths(config), config.num_tokens, config.group_size
+    save_plot(out / "resolution.png", "side in pixels that n tokens explain", {
+        "R(n)": [(n, resolution(config, n)) for n in lengths],
+        "decoded at": [(n, decoder_size(config, n)) for n in lengths]})
+    save_plot(out / "passes.png", "passes of the transformer to draw n tokens", {
+        "one by one": [(n, n) for n in lengths],
+        f"groups of {G}": [(n, len(decoding_spans(config, n))) for n in lengths]})
+    save_plot(out / "psnr.png", "PSNR in dB of the image decoded from n tokens", {
+        "held-out": [(n, found[f"psnr_{n}_tokens"]) for n in lengths if f"psnr_{n}_tokens" in found]})
+    save_plot(out / "ar_loss.png", "loss in nats of code i", {
+        "each": list(enumerate(loss)), "mean of its group": [(i, sum(loss[i // G * G:][:G]) / G) for i in range(N)]})
+    log = Path(config.out) / "log.jsonl"
+    with fits(log):
+        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for stage, names in (("tokenizer", ("pixel_loss", "code_loss")), ("ar", ("loss", "held_out_loss"))):
+        curves = {name: [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r] for name in names}
+        if all(curves.values()):
+            save_plot(out / f"{stage}_losses.png", f"{stage}: loss by step", curves)
+
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
     out, tokenizer = Path(config.out), load_tokenizer(config, machine)
@@ -2441,7 +2500,9 @@ def evaluate(config, machine):
         seeds = torch.arange(8)
         codes = generate(model, seeds % config.num_classes, **sampling_settings(config), seeds=config.seed + seeds)
         save_picture(coarse_to_fine(tokenizer, codes), out / "coarse_to_fine.png")
-        machine.say(f"pictures: {out}/reconstructions.png, {out}/samples.png, {out}/coarse_to_fine.png")
+        save_picture(repairs(tokenizer, pixels.to(machine.device)), out / "self_correction.png")
+        draw_curves(config, out, found, loss.tolist())
+        machine.say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
     try:
         if config.inception == "none":
             raise Refused("it takes Inception's weights: --inception auto downloads them, --inception FILE reads them")

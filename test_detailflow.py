@@ -5,6 +5,7 @@ and skip without it.
 """
 
 import argparse
+import ast
 import contextlib
 import copy
 import functools
@@ -1708,17 +1709,10 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_leaves_checkpoints_pictures_a_log_and_results(trained):
-    assert {
-        "tokenizer.pt",
-        "ar.pt",
-        "log.jsonl",
-        "results.json",
-        "samples.png",
-        "reconstructions.png",
-        "coarse_to_fine.png",
-        "tokenizer_0000006.png",
-        "ar_0000006.png",
-    } <= set(os.listdir(trained))
+    pictures = "samples reconstructions coarse_to_fine self_correction resolution passes psnr ar_loss "
+    pictures += "tokenizer_losses ar_losses tokenizer_0000006 ar_0000006"
+    wanted = {"tokenizer.pt", "ar.pt", "log.jsonl", "results.json", *(f"{name}.png" for name in pictures.split())}
+    assert wanted <= set(os.listdir(trained))
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "pixel_loss" in r] == [2, 4, 6] and log[0]["config"]["num_tokens"] == 12
     assert [r["step"] for r in log if "held_out_loss" in r] == [2, 4, 6]
@@ -1726,6 +1720,36 @@ def test_a_run_leaves_checkpoints_pictures_a_log_and_results(trained):
     assert results["ar"]["ln_V"] == pytest.approx(math.log(40), abs=1e-4) and "fid" not in results
     with Image.open(trained / "samples.png") as picture:
         assert picture.size == (8 * 66 + 2, 10 * 66 + 2)
+
+
+def test_a_plot_draws_its_points_where_the_axes_say(tmp_path):
+    """By hand: 720 x 420 pixels, one curve, so that x runs from 70 to 690 and y from 380 up to 50."""
+    df.save_plot(tmp_path / "plot.png", "title", {"curve": [(0, 5), (10, 5), (10, 7)], "": [(0, 5)]})
+    with Image.open(tmp_path / "plot.png") as picture:
+        blue = np.array(picture) == (65, 105, 225)
+    assert (
+        blue.all(-1)[380, 70:691].all() and blue.all(-1)[70:381, 690].all() and not blue.all(-1)[80:370, 100:600].any()
+    )
+    df.save_plot(tmp_path / "flat.png", "one value", {"curve": [(3, 1), (3, 1)]})
+
+
+def test_the_repairs_are_the_codes_that_correct_makes(tokenizer, config):
+    pixels = df.to_uint8(images())
+    itself, good, spoilt, mended, *changes = df.repairs(tokenizer, pixels).unbind(1)
+    assert torch.equal(itself, df.to_float(pixels))
+    torch.testing.assert_close(good, tokenizer.decode(tokenizer.encode(itself)))
+    for shown, other in zip(changes, (spoilt, mended), strict=True):
+        assert shown.max() <= 1 and (other != good).any()
+        torch.testing.assert_close((shown + 1) / 4, (other - good).abs().clamp(max=0.5), atol=1e-6, rtol=0)
+    past = tokenizer.encode_patches(itself)
+    clean = tokenizer.quantize(past)
+    c, G = config.causal_num, config.group_size
+    start, ranks = torch.full((4,), c), torch.full((4, G), config.noise_topk - 1)
+    fixed = tokenizer.correct(past, clean, start, ranks)
+    torch.testing.assert_close(mended, tokenizer.decode(fixed.codes))
+    torch.testing.assert_close(
+        spoilt, tokenizer.decode(torch.cat([fixed.codes[:, : c + G], clean.codes[:, c + G :]], 1))
+    )
 
 
 def weights(path):
@@ -2087,6 +2111,108 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     graphs = [df.generate(ar, labels, guidance=2.0, seeds=range(i, i + 4)) for i in (0, 4)]
     assert all((a == b).float().mean() > 0.9 for a, b in zip(eager, graphs, strict=True))  # near ties may differ
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
+
+
+# == Shapes said in comments ==
+
+
+class ShapeComments:
+    """Checks, while code runs, what comments such as `# (B, N, C)` say of the names that their line assigns, of what it
+    returns or yields, and of the fields of named tuples. A letter has one value in a call; N, G, V and C always."""
+
+    ITEM = re.compile(r"\w+(\s*(\*\*|[-+*/^])\s*\w+)*")
+
+    def __init__(self, source, **letters):
+        self.letters, self.seen, self.statements, self.fields = letters, set(), {}, {}
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") == "NamedTuple" for b in node.bases):
+                rows = [(f, self.shapes(lines[f.lineno - 1])) for f in node.body if isinstance(f, ast.AnnAssign)]
+                self.fields[node.name] = {f.target.id: (f.lineno, shapes[0]) for f, shapes in rows if shapes}
+            is_yield = isinstance(node, ast.Expr) and isinstance(node.value, ast.Yield)
+            if isinstance(node, ast.Assign | ast.Return) or is_yield:
+                if shapes := self.shapes(lines[node.end_lineno - 1]):
+                    for line in range(node.lineno, node.end_lineno + 1):
+                        self.statements[line] = node, shapes
+
+    def shapes(self, line):
+        """The shapes at the start of a line's comment, as lists of items."""
+        comment = re.search(r"#\s*(?=\()(.*)$", line)
+        groups = re.match(r"(\([^()]*\)(, )?)*", comment[1])[0] if comment else ""
+        shapes = [group.rstrip(",").split(", ") for group in re.findall(r"\(([^()]*)\)", groups)]
+        return shapes if all(self.ITEM.fullmatch(item) for shape in shapes for item in shape) else []
+
+    def check(self, line, value, shape, letters):
+        if isinstance(value, tuple | list):
+            return [self.check(line, each, shape, letters) for each in value]
+        if isinstance(value, torch.Tensor):
+            assert value.ndim == len(shape), f"line {line}: {tuple(value.shape)} is not ({', '.join(shape)})"
+            for size, item in zip(value.shape, shape, strict=True):
+                item = re.sub(r"\b(\d+)([A-Za-z])", r"\1 * \2", item.replace("^", "**"))
+                unknown = set(re.findall(r"[A-Za-z_]\w*", item)) - set(letters)
+                wanted = letters.setdefault(item, size) if unknown else eval(item, {}, letters)
+                assert size == wanted, f"line {line}: {tuple(value.shape)} is not ({', '.join(shape)}), {letters}"
+            self.seen.add(line)
+
+    def finish(self, frame, node, shapes, letters):
+        targets = node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else node.targets
+        targets = [t for t in targets if isinstance(t, ast.Name) and t.id != "_"]
+        letters |= {name: value for name, value in frame.f_locals.items() if type(value) is int}
+        shapes = shapes if len(shapes) == len(targets) else shapes[:1] * len(targets)
+        for target, shape in zip(targets, shapes, strict=True):
+            self.check(node.end_lineno, frame.f_locals.get(target.id), shape, letters)
+
+    def trace(self, frame, event, arg):
+        if not frame.f_code.co_filename.endswith("detailflow.py") or frame.f_code.co_name.startswith("<"):
+            return None
+        letters, pending = dict(self.letters), None
+
+        def local(frame, event, arg):
+            nonlocal pending
+            now = self.statements.get(frame.f_lineno)
+            if event == "exception":
+                pending = None
+            elif pending and (pending is not now or event == "return") and isinstance(pending[0], ast.Assign):
+                self.finish(frame, *pending, letters)
+            if event == "return" and arg is not None:
+                letters.update({name: value for name, value in frame.f_locals.items() if type(value) is int})
+                if now and not isinstance(now[0], ast.Assign):
+                    self.check(now[0].end_lineno, arg, now[1][0], letters)
+                for name, (line, shape) in self.fields.get(type(arg).__name__, {}).items():
+                    self.check(line, getattr(arg, name), shape, dict(self.letters))
+            pending = now
+            return local
+
+        return local
+
+
+def test_every_shape_in_a_comment_is_true():
+    """With odd sizes that can't be mistaken for each other: N = 12, G = 3, image 40, patch 8."""
+    source = Path(df.__file__).read_text()
+    config = df.Config(**TINY | {"image_size": 40, "patch_size": 8, "causal_num": 6, "align_weight": 1.0})
+    tokenizer, ar = df.Tokenizer(config), df.ARTransformer(config)
+    comments = ShapeComments(source, N=12, G=3, V=40, C=config.code_dim)
+    x, keys = images(7, 40), torch.arange(7)
+    sys.settrace(comments.trace)
+    try:
+        out = tokenizer(x, 6, *df.draw_noise(config, keys, 12))
+        tokenizer.decode(out.codes[:, :9])
+        tokenizer.triples(x, keys)
+        df.Tokenizer(df.Config(**vars(config) | {"enc_grid": 3})).encode(x)
+        tokenizer.quantizer.revive(out.latents, keys[:1], df.Machine(torch.device("cpu")))
+        ar(torch.arange(7), out.codes, keys)
+        for slow in (False, True):
+            df.generate(ar, torch.arange(7), guidance=1.5, top_p=0.9, top_k=5, slow=slow)
+        ar.step(torch.randn(7, 3, config.ar_width), torch.arange(6, 9), [c.clone() for c in ar.new_cache(7)])
+        df.PatchDiscriminator(40)(x, x, keys[:1])
+        df.repairs(tokenizer, df.to_uint8(x))
+        df.tf_resize(x)
+    finally:
+        sys.settrace(None)
+    start, end = (source[: source.index(f"# == {i}. ")].count("\n") for i in (3, 11))
+    said = {node.end_lineno for node, _ in comments.statements.values() if start < node.lineno < end}
+    said |= {line for fields in comments.fields.values() for line, _ in fields.values() if start < line < end}
+    assert len(said) > 30 and not said - comments.seen, f"not run: lines {sorted(said - comments.seen)}"
 
 
 # == Nothing lost: what faults do ==
