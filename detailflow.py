@@ -16,6 +16,10 @@ later tokens (self-correction), and the transformer learns from such repaired se
     class ----> AR transformer --logits (B, N, V)--> loss <--------------------+  stage 2: --stage ar
             +-> G + N/G - 1 passes --> codes --> decoder --> image            sample.py
 
+Run       python detailflow.py                   all stages on pictures it draws itself: minutes, no download
+          python sample.py                       draws more with what was trained
+          python -m pytest -q                    the claims of this file, tested
+
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
           size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads
 
@@ -26,10 +30,19 @@ Contents  1 randomness as a function    2 settings
           making it real  12 data    13 training, shared    14 tokenizer stage    15 AR stage    16 pictures    17 FID
                           18 evaluation    19 benchmark    20 command line
 
-Where we leave the authors' code (ByteFlow-AI/DetailFlow), which else wins over the paper: generation keeps a KV cache;
-patches are encoded once for both self-correction passes; the noise position is drawn for each image, not each batch;
-averaged weights warm up; the discriminator first sees images when its loss starts; small presets train with Muon,
-revive unused codes and start learned queries larger.
+Find      what a prefix must show: resolution, degrade (3)         what the mask forbids: group_causal_mask (4)
+          where gradients are cut: Quantizer.forward (6), Tokenizer.correct (7)
+          where a group's tokens get their positions: rotary_table (9), ARTransformer.embed (9)
+          what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (15)
+          what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (14)
+          what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
+
+Where the paper and the authors' code (ByteFlow-AI/DetailFlow) differ, the code wins: it made the published models.
+We leave it only here. Generation keeps a KV cache: the same codes, each position computed once. Patches are encoded once
+for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its own, not one a
+batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for long. The
+discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from scratch in
+minutes, use Muon, revive unused codes and start learned queries larger; the imagenet ones do none of the three.
 """
 import argparse
 import contextlib

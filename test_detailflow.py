@@ -105,6 +105,25 @@ def images(count=4, size=16):
     return df.to_float(df.Shapes("train", size).draw(torch.arange(count)))
 
 
+# == The head of the file ==
+
+
+def test_what_the_head_says_to_find_is_where_it_says():
+    """Every section of the contents, every name of "Find" in the section whose number stands behind it."""
+    head, sections = df.__doc__, re.split(r"\n# == \d+\. ", Path(df.__file__).read_text())
+    contents = head[head.index("Contents") : head.index("Find")]
+    assert re.findall(r"\b\d+(?= [a-zA-Z])", contents.replace("SigLIP 2", "")) == [
+        str(i) for i in range(1, len(sections))
+    ]
+    found = re.findall(r"([\w.]+)(?:, (\w+))? \((\d+)\)", head[head.index("Find") : head.index("Where the paper")])
+    assert len(found) > 10
+    for *names, section in found:
+        for name in filter(None, names):
+            last = name.split(".")[-1]
+            assert re.search(rf"(def|class) {last}\b|^{last} = ", sections[int(section)], re.M), name
+            assert functools.reduce(getattr, name.split("."), df)
+
+
 # == 1. Randomness ==
 
 
