@@ -38,11 +38,11 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
 
 Where the paper and the authors' code (ByteFlow-AI/DetailFlow) differ, the code wins: it made the published models.
-We leave it only here. Generation keeps a KV cache: the same codes, each position computed once. Patches are encoded once
-for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its own, not one a
-batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for long. The
-discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from scratch in
-minutes, use Muon, revive unused codes and start learned queries larger; the imagenet ones do none of the three.
+We leave it only here. Generation keeps a KV cache: the same codes, each position computed once. Patches are encoded
+once for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its own,
+not one a batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for long.
+The discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from scratch
+in minutes, use Muon, revive unused codes and start learned queries larger; the imagenet ones do none of the three.
 """
 import argparse
 import contextlib
@@ -58,6 +58,7 @@ import mmap
 import os
 import pickle
 import re
+import resource
 import signal
 import sys
 import time
@@ -2570,11 +2571,11 @@ class Bench:
         if self.machine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         median, first = self.seconds(work, repeat)
-        flops, peak = counted.get_total_flops(), {}
+        flops, peak = counted.get_total_flops(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # so far
         if self.machine.device.type == "cuda":
-            peak = {"peak_GB": torch.cuda.max_memory_allocated() / 1e9}
+            peak = torch.cuda.max_memory_allocated()
         self.say(what=what, seconds=median, first_seconds=first, images_per_s=units / median, gflop=flops / 1e9,
-                 share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median, **peak, **more)
+                 share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median, peak_GB=peak / 1e9, **more)
 
 def weight_bytes(module):
     return sum(p.nbytes for p in module.parameters())
