@@ -21,7 +21,8 @@ Run       python detailflow.py                   all stages on pictures it draws
           python -m pytest -q                    the claims of this file, tested
 
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
-          size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads
+          size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads;
+          machine: this process's device and its share of the work (13)
 
 Contents  1 randomness as a function    2 settings
           the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
@@ -481,7 +482,7 @@ class Quantizer(nn.Module):
             codes = self.nearest(z, 1)[..., 0]
             e = self.lookup(codes)
             error = (e - z.detach()).square().mean(-1) + self.commit_weight * (e.detach() - z).square().mean(-1)
-            return Quantized(z + (e - z).detach(), codes, z, error)
+            return Quantized(z + (e - z).detach(), codes, z, error)     # straight through: e, with the gradient of z
 
     @torch.no_grad()
     def track(self, codes, machine):
@@ -763,7 +764,9 @@ class PatchDiscriminator(Discriminator):
 #
 # The first parallel group has one code to go on from and no codes for its other positions: G - 1 learned special
 # tokens stand there. Codes of a pass are drawn independently: each from its right distribution given all before, but
-# not given each other. Where neighbours depend on each other that errs; later groups have learned to make up for it.
+# not given each other. Where they go on with detail that is nearly settled, that is right. Where not, it errs: if 1, 2
+# and 2, 1 are equally likely, each drawn by itself gives 1, 1 or 2, 2 half of the time. Hence the first group, which
+# settles the layout, is drawn one by one, and later groups have learned to make up for errors (self-correction).
 
 def rotary_table(config):
     """(cos, sin) of each position, (N, D/h/2, 2): half of the pairs turn with the group, half with the place in it.
@@ -1517,6 +1520,7 @@ class Folder(torch.utils.data.Dataset):
     With train/ and val/ (or test/) in the folder these are the splits; else every 20th image is kept for validation.
     A broken file is named once, and the next of its class takes its place. Raises Refused: no images, a class without
     any, or too many broken."""
+    scan = functools.cache(lambda part: torchvision.datasets.ImageFolder(part, allow_empty=True))   # once a process
     broken = functools.cache(lambda *key: torch.zeros(key[-1], dtype=torch.bool).share_memory_())   # by all workers
 
     def __init__(self, root, split, side, share=1.0, classes=None):
@@ -1529,7 +1533,7 @@ class Folder(torch.utils.data.Dataset):
         part = next((root / name for name in names if (root / name).is_dir()), root)
         kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
         try:
-            found = torchvision.datasets.ImageFolder(part, allow_empty=True)
+            found = Folder.scan(part)
         except FileNotFoundError:
             raise Refused(f"no class folders in {part}: wanted {part}/CLASS/IMAGE") from None
         self.classes, samples = classes or found.classes, found.samples                 # [(path, label), ...]
@@ -1844,6 +1848,8 @@ def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if torn := zipfile.ZipFile(path).testzip():         # torch reads without comparing checksums
+            raise ValueError(f"{torn} is damaged")
     except FileNotFoundError:
         raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one") from None
     except Exception as error:      # torn, foreign or hostile: torch raises half a dozen kinds

@@ -1833,7 +1833,9 @@ def test_codes_are_extracted_once_and_hold_what_the_tokenizer_says(trained, conf
 def test_broken_checkpoints_are_named(trained, tmp_path):
     whole = (trained / "tokenizer.pt").read_bytes()
     path = tmp_path / "tokenizer.pt"
-    for content in (whole[: len(whole) // 2], b"hello", b""):
+    spot = whole.index(torch.load(trained / "tokenizer.pt")["model"]["from_code.weight"].numpy().tobytes())
+    flipped = whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :]  # one bit of one weight
+    for content in (whole[: len(whole) // 2], b"hello", b"", flipped):
         path.write_bytes(content)
         with pytest.raises(df.Refused, match=r"tokenizer\.pt"):
             df.load_model(path, "tokenizer")
