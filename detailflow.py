@@ -28,14 +28,14 @@ Contents  1 randomness as a function    2 settings
           the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
                           7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
           at its scale    11 published weights: the authors' models, SigLIP 2, LPIPS, DINO (skip it at first)
-          making it real  12 data    13 training, shared    14 tokenizer stage    15 AR stage    16 pictures    17 FID
+          making it real  12 data    13 training, shared    14 pictures    15 tokenizer stage    16 AR stage    17 FID
                           18 evaluation    19 benchmark    20 command line
 
 Find      what a prefix must show: resolution, degrade (3)         what the mask forbids: group_causal_mask (4)
           where gradients are cut: Quantizer.forward (6), Tokenizer.correct (7)
           where a group's tokens get their positions: rotary_table (9), ARTransformer.embed (9)
-          what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (15)
-          what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (14)
+          what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (16)
+          what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (15)
           what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
 
 Where the paper and the authors' code (ByteFlow-AI/DetailFlow) differ, the code wins: it made the published models.
@@ -142,6 +142,8 @@ def dropout(x, rate, keys, site):
 def setting(group, default, help, low=0, high=10**9, one_of=None):
     """A field of Config: its help text is its comment, and --help prints it. Numbers must lie in low..high."""
     return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high, "one_of": one_of})
+
+GPT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1280, 36, 20)}
 
 @dataclass
 class Config:
@@ -265,7 +267,6 @@ class Config:
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
-GPT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1280, 36, 20)}
 EPOCH = 5004    # steps: 1,281,167 images in batches of 256
 PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "data": "imagenet", "image_size": 256, "num_classes": 1000, "group_size": 8, "patch_size": 16,
@@ -523,6 +524,32 @@ class TokenizerOutput(NamedTuple):
     latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
     guess: torch.Tensor     # (B, teacher_width) what the first token says of the image, for alignment; or None
 
+def draw_prefix(config, key):
+    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
+    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
+    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
+    G, c, side, count = config.group_size, config.causal_num, config.image_size, config.num_tokens
+    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
+    if dynamic < config.dynamic_prob:
+        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= c + G}
+        wanted = config.min_size + small * (side - config.min_size)
+        side = min(sizes, key=lambda size: abs(size - wanted))
+        count = sizes[side]
+    n = 1 + int(where * (count - G)) if coarse < config.coarse_prob else count                  # 1..count-G, or all
+    return side, count, n if n <= c else math.ceil(n / G) * G
+
+def draw_noise(config, keys, prefix):
+    """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
+    Never in the last parallel group of the prefix, which nothing follows that could repair it, nor in a prefix of one
+    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c."""
+    G, c = config.group_size, config.causal_num
+    span = prefix if prefix <= c else prefix - G
+    if not config.correction or prefix == 1 or span == 0:
+        return None, None
+    u = uniform(fold(keys, 0), 1 + G)
+    start = (u[:, 0] * span).long()
+    return torch.where(start < c, start, start // G * G), (u[:, 1:] * config.noise_topk).long()
+
 class Tokenizer(nn.Module):
     """Image <-> N codes, coarse to fine: the first n codes decode to the image at resolution R(n)."""
 
@@ -674,32 +701,6 @@ class Tokenizer(nn.Module):
             return torch.stack([clean.codes] * 3, dim=1)
         fixed = self.correct(past, clean, start, ranks)
         return torch.stack([clean.codes, fixed.codes, fixed.labels], dim=1)
-
-def draw_prefix(config, key):
-    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
-    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
-    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
-    G, c, side, count = config.group_size, config.causal_num, config.image_size, config.num_tokens
-    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
-    if dynamic < config.dynamic_prob:
-        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= c + G}
-        wanted = config.min_size + small * (side - config.min_size)
-        side = min(sizes, key=lambda size: abs(size - wanted))
-        count = sizes[side]
-    n = 1 + int(where * (count - G)) if coarse < config.coarse_prob else count                  # 1..count-G, or all
-    return side, count, n if n <= c else math.ceil(n / G) * G
-
-def draw_noise(config, keys, prefix):
-    """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
-    Never in the last parallel group of the prefix, which nothing follows that could repair it, nor in a prefix of one
-    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c."""
-    G, c = config.group_size, config.causal_num
-    span = prefix if prefix <= c else prefix - G
-    if not config.correction or prefix == 1 or span == 0:
-        return None, None
-    u = uniform(fold(keys, 0), 1 + G)
-    start = (u[:, 0] * span).long()
-    return torch.where(start < c, start, start // G * G), (u[:, 1:] * config.noise_topk).long()
 
 # == 8. Adversarial loss (optional): what decoded images lack, a discriminator learns to see ===========================
 
@@ -2015,189 +2016,7 @@ class Progress:
             raise Interrupted(f"stopped after step {done} of {self.steps} of the {self.stage} stage",
                               self.asked or signal.SIGTERM)
 
-# == 14. Stage one: the tokenizer ======================================================================================
-
-def train_tokenizer(config, machine):
-    """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
-    out, device = Path(config.out), machine.device
-    train = open_data(config, machine, "train", share=config.crop)
-    val = open_data(config, machine, "val", classes=train.classes)
-    about = {"classes": train.classes, "images": len(train)}
-    torch.manual_seed(config.seed)
-    model = Tokenizer(config).to(device)
-    perceptual, teacher, judge = loss_networks(config, machine, model)                      # None where not wanted
-    ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
-    optimizers = Optimizers(model, config.optimizer, config.tok_lr)
-    parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
-    if judge:
-        judge_optimizers = Optimizers(judge, "adamw", config.tok_lr)
-        parts["judge_adamw"] = judge_optimizers.parts["adamw"]
-    groups = ("data", "tokenizer", "tokenizer training", "training")
-    start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
-    machine.say(f"tokenizer: {count_parameters(model)} parameters, {len(train)} images, "
-                f"step {start} of {config.tok_steps}")
-    if start >= config.tok_steps:
-        return
-    distributed, distributed_judge = wrap(model, config, machine), judge and wrap(judge, config, machine)
-    progress = Progress(config, machine, "tokenizer", start, config.tok_steps, config.tok_batch)
-
-    for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
-        low = 0.1 * config.tok_lr
-        lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
-        adversarial = judge is not None and step >= config.disc_start
-        side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
-        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device)
-
-        # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
-        values, results = {}, []
-        for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
-            part = resize(part, side)
-            noise_start, ranks = draw_noise(config, part_keys, prefix)
-            target = part if prefix == count else degrade(part, config, prefix)             # (b, 3, S, S)
-            with machine.autocast():
-                tokens = distributed(part, prefix, noise_start, ranks, count)
-                halves = len(tokens.pixels) // len(target)                                  # clean and corrected
-                target = target.repeat(halves, 1, 1, 1)
-                losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
-                if perceptual:
-                    ramp = config.perceptual_weight * min(1, (step + 1) / config.perceptual_ramp)
-                    distance = perceptual(tokens.pixels, target, fold(part_keys, 1).repeat(halves))
-                    losses["perceptual_loss"] = ramp * distance.mean()
-                if teacher:
-                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, teacher(part))
-                if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
-            backward(sum(losses.values()) / config.accum)
-            model.quantizer.track(tokens.codes, machine)
-            values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
-            results.append((target, tokens.pixels.detach(), tokens.latents))
-        values["grad_norm"] = optimizers.step(lr)
-        if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
-            key = root_key(config.seed, f"revive {step}").to(device)
-            model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
-        update_ema(ema, model, config.tok_ema, step)
-        values["usage"], values["perplexity"] = model.quantizer.usage()
-
-        # The discriminator: tell targets from what was decoded.
-        if adversarial:
-            judge.zero_grad()                               # the tokenizer's step has left gradients in it
-            for target, pixels, _ in results:
-                with machine.autocast():
-                    scores = distributed_judge(target, pixels, fold(judge_key, 1))
-                judge_loss = judge.loss(scores, config.disc_weight, machine)
-                backward(judge_loss / config.accum)
-                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
-            values["judge_grad_norm"] = judge_optimizers.step(lr)
-
-        done = step + 1
-        if progress.step(done, lr, **values):               # a checkpoint is due
-            if machine.rank == 0:
-                _, pixels = next(val.in_order(range(min(8, len(val))), 8))
-                save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
-                save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
-            progress.saved(done)
-
-# == 15. Stage two: the AR transformer, on codes that are extracted once ===============================================
-
-def load_tokenizer(config, machine):
-    """OUT/tokenizer.pt, if it is the one that the settings describe; or the one that --tokenizer names, which then
-    makes the settings. Raises Refused."""
-    path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
-    tokenizer, _ = load_model(path, "tokenizer", machine.device)
-    for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
-        old, new = getattr(tokenizer.config, name), getattr(config, name)
-        require(config.tokenizer or old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
-        setattr(config, name, old)
-    return tokenizer
-
-def extract_codes(config, machine, tokenizer, images):
-    """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
-    One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
-    times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
-    comes from what went into it, so that another tokenizer makes another file."""
-    views = 2 if config.data in BUILT_IN else 10
-    made_of = [fingerprint(tokenizer), images.classes, len(images), config.data, config.image_size, config.seed,
-               config.noise_topk, config.correction]
-    path = Path(config.out) / f"codes-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npy"
-
-    def work(todo):
-        for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
-            x = to_float(pixels.to(machine.device))
-            crops = TF.ten_crop(x, config.image_size) if views == 10 else (x, x.flip(3))
-            x = torch.stack(crops, dim=1).flatten(0, 1)                                     # (b * views, 3, R, R)
-            place = torch.tensor(rows)[:, None] * views + torch.arange(views)
-            keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
-            with machine.autocast():
-                triples = tokenizer.triples(x, keys).unflatten(0, (-1, views))              # (b, views, 3, N)
-            yield rows, {"codes": triples, "label": images.labels[rows]}
-
-    record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
-    codes = fill_file(path, record, machine, len(images), work)
-    for other in set(path.parent.glob("codes-*")) - {path} if machine.rank == 0 else ():
-        other.unlink()                                      # of another tokenizer
-    machine.say(f"codes: {len(images)} images x {views} views in {path}")
-    return codes
-
-def ar_batch(config, machine, codes, step):
-    """This process's share of a step: labels (b,), codes to show (b, N), codes to predict (b, N), keys (b,).
-    A random view of each image. With probability correction_share the sequence is one with a spoilt group: shown as it
-    was spoilt, to be predicted as it should be. So the transformer learns to go on well from its own errors."""
-    rows, keys = batch_rows(config, machine, "ar", step, config.ar_batch, len(codes))
-    records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
-    view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
-    triples = torch.from_numpy(records["codes"][np.arange(len(rows)), view].astype(np.int64))       # (b, 3, N)
-    clean, spoilt, mended = triples.unbind(1)
-    corrected = u[:, 1:] < config.correction_share                                          # (b, 1)
-    labels = torch.from_numpy(records["label"].astype(np.int64))
-    batch = labels, torch.where(corrected, spoilt, clean), torch.where(corrected, mended, clean), keys
-    return [t.to(machine.device, non_blocking=True) for t in batch]
-
-def train_ar(config, machine):
-    """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
-    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
-    side = config.image_size if config.data in BUILT_IN else int(1.1 * config.image_size)
-    images = open_data(config, machine, "train", side=side)
-    about = {"classes": images.classes, "images": len(images), "tokenizer": fingerprint(tokenizer)}
-    torch.manual_seed(config.seed)
-    model = ARTransformer(config).to(machine.device)
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
-    optimizers = Optimizers(model, config.optimizer, config.ar_lr, config.ar_weight_decay)
-    parts = {"model": model, "ema": ema, **optimizers.parts}
-    groups = ("data", "tokenizer", "AR transformer", "AR training", "training")
-    start = resume(out / "ar.pt", config, "ar", groups, about, parts)
-    machine.say(f"ar: {count_parameters(model)} parameters, step {start} of {config.ar_steps}; "
-                f"a blind guess has loss ln V = {math.log(config.codebook_size):.3f}")
-    if start >= config.ar_steps:
-        return
-    codes = extract_codes(config, machine, tokenizer, images)
-    val = open_data(config, machine, "val", classes=images.classes)
-    held_out = encode_images(config, machine, tokenizer, val, 512)
-    distributed = wrap(model, config, machine)
-    progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
-
-    for step in range(start, config.ar_steps):
-        first, last = 0.005 * config.ar_lr, 0.01 * config.ar_lr
-        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last)
-        batch, mean_loss = ar_batch(config, machine, codes, step), 0
-        for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
-            with machine.autocast():
-                logits = distributed(labels, shown, keys)                                   # (b, N, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
-            backward(loss)
-            mean_loss = mean_loss + loss
-        norm = optimizers.step(lr)
-        update_ema(ema, model, config.ar_ema, step)
-
-        done = step + 1
-        if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
-            if machine.rank == 0:
-                value = ar_loss(config, machine, ema or model, *held_out).mean().item()
-                progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
-                save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
-                save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
-            progress.saved(done)
-
-# == 16. Pictures ======================================================================================================
+# == 14. Pictures ======================================================================================================
 
 def save_picture(rows, path):
     """Rows of images (rows, columns, 3, S, S) in [-1, 1] as one PNG, small images enlarged."""
@@ -2284,6 +2103,206 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
             yield rows, {"image": pixels.permute(0, 2, 3, 1), "label": labels[rows]}
 
     return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
+
+# == 15. Stage one: the tokenizer ======================================================================================
+
+def train_tokenizer(config, machine):
+    """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
+    out, device = Path(config.out), machine.device
+    train = open_data(config, machine, "train", share=config.crop)
+    val = open_data(config, machine, "val", classes=train.classes)
+    about = {"classes": train.classes, "images": len(train)}
+    torch.manual_seed(config.seed)
+    model = Tokenizer(config).to(device)
+    perceptual, teacher, judge = loss_networks(config, machine, model)                      # None where not wanted
+    ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
+    optimizers = Optimizers(model, config.optimizer, config.tok_lr)
+    parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
+    if judge:
+        judge_optimizers = Optimizers(judge, "adamw", config.tok_lr)
+        parts["judge_adamw"] = judge_optimizers.parts["adamw"]
+    groups = ("data", "tokenizer", "tokenizer training", "training")
+    start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
+    machine.say(f"tokenizer: {count_parameters(model)} parameters, {len(train)} images, "
+                f"step {start} of {config.tok_steps}")
+    if start >= config.tok_steps:
+        return
+    distributed, distributed_judge = wrap(model, config, machine), judge and wrap(judge, config, machine)
+    progress = Progress(config, machine, "tokenizer", start, config.tok_steps, config.tok_batch)
+
+    for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
+        low = 0.1 * config.tok_lr
+        lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
+        adversarial = judge is not None and step >= config.disc_start
+        side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
+        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device)
+
+        # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
+        values, results = {}, []
+        for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
+            part = resize(part, side)
+            noise_start, ranks = draw_noise(config, part_keys, prefix)
+            target = part if prefix == count else degrade(part, config, prefix)             # (b, 3, S, S)
+            with machine.autocast():
+                tokens = distributed(part, prefix, noise_start, ranks, count)
+                halves = len(tokens.pixels) // len(target)                                  # clean and corrected
+                target = target.repeat(halves, 1, 1, 1)
+                losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
+                if perceptual:
+                    ramp = config.perceptual_weight * min(1, (step + 1) / config.perceptual_ramp)
+                    distance = perceptual(tokens.pixels, target, fold(part_keys, 1).repeat(halves))
+                    losses["perceptual_loss"] = ramp * distance.mean()
+                if teacher:
+                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, teacher(part))
+                if adversarial:
+                    losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
+            backward(sum(losses.values()) / config.accum)
+            model.quantizer.track(tokens.codes, machine)
+            values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
+            results.append((target, tokens.pixels.detach(), tokens.latents))
+        values["grad_norm"] = optimizers.step(lr)
+        if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
+            key = root_key(config.seed, f"revive {step}").to(device)
+            model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
+        update_ema(ema, model, config.tok_ema, step)
+        values["usage"], values["perplexity"] = model.quantizer.usage()
+
+        # The discriminator: tell targets from what was decoded.
+        if adversarial:
+            judge.zero_grad()                               # the tokenizer's step has left gradients in it
+            for target, pixels, _ in results:
+                with machine.autocast():
+                    scores = distributed_judge(target, pixels, fold(judge_key, 1))
+                judge_loss = judge.loss(scores, config.disc_weight, machine)
+                backward(judge_loss / config.accum)
+                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
+            values["judge_grad_norm"] = judge_optimizers.step(lr)
+
+        done = step + 1
+        if progress.step(done, lr, **values):               # a checkpoint is due
+            if machine.rank == 0:
+                _, pixels = next(val.in_order(range(min(8, len(val))), 8))
+                save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
+                save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
+            progress.saved(done)
+
+# == 16. Stage two: the AR transformer, on codes that are extracted once ===============================================
+
+def load_tokenizer(config, machine):
+    """OUT/tokenizer.pt, if it is the one that the settings describe; or the one that --tokenizer names, which then
+    makes the settings. Raises Refused."""
+    path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
+    tokenizer, _ = load_model(path, "tokenizer", machine.device)
+    for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
+        old, new = getattr(tokenizer.config, name), getattr(config, name)
+        require(config.tokenizer or old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
+        setattr(config, name, old)
+    return tokenizer
+
+def extract_codes(config, machine, tokenizer, images):
+    """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
+    One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
+    times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
+    comes from what went into it, so that another tokenizer makes another file."""
+    views = 2 if config.data in BUILT_IN else 10
+    made_of = [fingerprint(tokenizer), images.classes, len(images), config.data, config.image_size, config.seed,
+               config.noise_topk, config.correction]
+    path = Path(config.out) / f"codes-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npy"
+
+    def work(todo):
+        for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
+            x = to_float(pixels.to(machine.device))
+            crops = TF.ten_crop(x, config.image_size) if views == 10 else (x, x.flip(3))
+            x = torch.stack(crops, dim=1).flatten(0, 1)                                     # (b * views, 3, R, R)
+            place = torch.tensor(rows)[:, None] * views + torch.arange(views)
+            keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
+            with machine.autocast():
+                triples = tokenizer.triples(x, keys).unflatten(0, (-1, views))              # (b, views, 3, N)
+            yield rows, {"codes": triples, "label": images.labels[rows]}
+
+    record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
+    codes = fill_file(path, record, machine, len(images), work)
+    for other in set(path.parent.glob("codes-*")) - {path} if machine.rank == 0 else ():
+        other.unlink()                                      # of another tokenizer
+    machine.say(f"codes: {len(images)} images x {views} views in {path}")
+    return codes
+
+def ar_batch(config, machine, codes, step):
+    """This process's share of a step: labels (b,), codes to show (b, N), codes to predict (b, N), keys (b,).
+    A random view of each image. With probability correction_share the sequence is one with a spoilt group: shown as it
+    was spoilt, to be predicted as it should be. So the transformer learns to go on well from its own errors."""
+    rows, keys = batch_rows(config, machine, "ar", step, config.ar_batch, len(codes))
+    records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
+    view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
+    triples = torch.from_numpy(records["codes"][np.arange(len(rows)), view].astype(np.int64))       # (b, 3, N)
+    clean, spoilt, mended = triples.unbind(1)
+    corrected = u[:, 1:] < config.correction_share                                          # (b, 1)
+    labels = torch.from_numpy(records["label"].astype(np.int64))
+    batch = labels, torch.where(corrected, spoilt, clean), torch.where(corrected, mended, clean), keys
+    return [t.to(machine.device, non_blocking=True) for t in batch]
+
+@torch.no_grad()
+def encode_images(config, machine, tokenizer, images, most):
+    """Labels (M,) and codes (M, N) of up to `most` images, spread over the set."""
+    rows = range(0, len(images), math.ceil(len(images) / most))
+    with machine.autocast():
+        codes = [tokenizer.encode(to_float(x.to(machine.device))) for _, x in images.in_order(rows, config.eval_batch)]
+    return images.labels[torch.tensor(rows)].to(machine.device), torch.cat(codes)
+
+@torch.no_grad()
+def ar_loss(config, machine, model, labels, codes):
+    """Mean cross-entropy in nats of each position on given images: (N,)."""
+    total = 0
+    for y, z in zip(labels.split(config.eval_batch), codes.split(config.eval_batch), strict=True):
+        with machine.autocast():
+            logits = model(y, z)
+        total = total + F.cross_entropy(logits.transpose(1, 2), z, reduction="none").sum(0)
+    return total / len(codes)
+
+def train_ar(config, machine):
+    """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
+    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
+    side = config.image_size if config.data in BUILT_IN else int(1.1 * config.image_size)
+    images = open_data(config, machine, "train", side=side)
+    about = {"classes": images.classes, "images": len(images), "tokenizer": fingerprint(tokenizer)}
+    torch.manual_seed(config.seed)
+    model = ARTransformer(config).to(machine.device)
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
+    optimizers = Optimizers(model, config.optimizer, config.ar_lr, config.ar_weight_decay)
+    parts = {"model": model, "ema": ema, **optimizers.parts}
+    groups = ("data", "tokenizer", "AR transformer", "AR training", "training")
+    start = resume(out / "ar.pt", config, "ar", groups, about, parts)
+    machine.say(f"ar: {count_parameters(model)} parameters, step {start} of {config.ar_steps}; "
+                f"a blind guess has loss ln V = {math.log(config.codebook_size):.3f}")
+    if start >= config.ar_steps:
+        return
+    codes = extract_codes(config, machine, tokenizer, images)
+    val = open_data(config, machine, "val", classes=images.classes)
+    held_out = encode_images(config, machine, tokenizer, val, 512)
+    distributed = wrap(model, config, machine)
+    progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
+
+    for step in range(start, config.ar_steps):
+        first, last = 0.005 * config.ar_lr, 0.01 * config.ar_lr
+        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last)
+        batch, mean_loss = ar_batch(config, machine, codes, step), 0
+        for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
+            with machine.autocast():
+                logits = distributed(labels, shown, keys)                                   # (b, N, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
+            backward(loss)
+            mean_loss = mean_loss + loss
+        norm = optimizers.step(lr)
+        update_ema(ema, model, config.ar_ema, step)
+
+        done = step + 1
+        if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
+            if machine.rank == 0:
+                value = ar_loss(config, machine, ema or model, *held_out).mean().item()
+                progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
+                save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
+                save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
+            progress.saved(done)
 
 # == 17. Frechet Inception Distance ====================================================================================
 
@@ -2383,24 +2402,6 @@ def psnr(a, b):
     """Peak signal-to-noise ratio in dB, each image by itself, of 8-bit roundings: (B, 3, S, S) twice -> (B,)."""
     error = (to_uint8(a).float() - to_uint8(b).float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error.clamp(min=1e-3))
-
-@torch.no_grad()
-def encode_images(config, machine, tokenizer, images, most):
-    """Labels (M,) and codes (M, N) of up to `most` images, spread over the set."""
-    rows = range(0, len(images), math.ceil(len(images) / most))
-    with machine.autocast():
-        codes = [tokenizer.encode(to_float(x.to(machine.device))) for _, x in images.in_order(rows, config.eval_batch)]
-    return images.labels[torch.tensor(rows)].to(machine.device), torch.cat(codes)
-
-@torch.no_grad()
-def ar_loss(config, machine, model, labels, codes):
-    """Mean cross-entropy in nats of each position on given images: (N,)."""
-    total = 0
-    for y, z in zip(labels.split(config.eval_batch), codes.split(config.eval_batch), strict=True):
-        with machine.autocast():
-            logits = model(y, z)
-        total = total + F.cross_entropy(logits.transpose(1, 2), z, reduction="none").sum(0)
-    return total / len(codes)
 
 @torch.no_grad()
 def measure_tokenizer(config, machine, tokenizer, images, most=2000):
