@@ -2129,6 +2129,17 @@ def test_readme_commands_parse():
         {"detailflow": df.parse, "sample": sample.parse}[line[0]](line[1].split("#")[0].split())
 
 
+def test_readme_links_lead_to_its_sections_pictures_and_metrics(trained):
+    text, lines = (HERE / "README.md").read_text(), Path(df.__file__).read_text().splitlines()
+    links = re.findall(r"\[[^\]\[]*?(\d+)\]\(detailflow\.py#L(\d+)\)", text)
+    assert len(links) >= 5 and all(lines[int(line) - 1].startswith(f"# == {section}. ") for section, line in links)
+    assert all((HERE / path).exists() for path in re.findall(r"\.github/\w+\.png", text))
+    records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    logged = {name for record in records if "config" not in record for name in record} - {"stage", "step"}
+    assert logged and all(f"`{name}`" in text for name in logged), logged
+    assert len(text.splitlines()) <= 200
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     x, labels, codes = images(), torch.arange(4), torch.randint(40, (4, 12))
