@@ -990,7 +990,8 @@ def prepare_sampling(tokenizer, model, machine, compiled):
     """For speed alone: weights in the dtype that is computed in, once. Compiled, on a GPU: a pass of generate(), like
     the decoder, becomes one CUDA graph of hundreds of small kernels. Shapes don't grow with the sequence, so that two
     graphs, for single positions and for groups, serve all passes."""
-    model.to(machine.dtype)
+    for p in model.parameters():                        # (the table of angles stays float32)
+        p.data = p.data.to(machine.dtype)
     if compiled and machine.device.type == "cuda":      # (a CPU's packed weights can't be compiled, and are faster)
         graph = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
         model.compiled, tokenizer.decode_vectors = graph(model.step), graph(tokenizer.decode_vectors)

@@ -575,6 +575,18 @@ def test_generation_works_under_bfloat16_autocast(ar):
     assert fast.shape == (4, 12) and (fast == slow).float().mean() > 0.5
 
 
+def test_sampling_weights_are_cast_once_and_angles_stay_exact(tokenizer, ar):
+    machine, rotary, labels = df.Machine(torch.device("cpu"), torch.bfloat16), ar.rotary.clone(), torch.arange(8)
+    weights = {name: p.detach().clone() for name, p in ar.named_parameters()}
+    df.prepare_sampling(tokenizer, ar, machine, compiled=True)  # on a CPU nothing is compiled
+    assert ar.compiled is None and torch.equal(ar.rotary, rotary) and ar.rotary.dtype == torch.float32
+    assert all(torch.equal(p, weights[name].bfloat16()) for name, p in ar.named_parameters())
+    for context in (machine.autocast(), contextlib.nullcontext()):
+        with context:
+            codes = df.generate(ar, labels, guidance=2.0, seeds=range(8))
+            assert torch.equal(codes[3:5], df.generate(ar, labels[3:5], guidance=2.0, seeds=range(3, 5)))
+
+
 def test_an_image_depends_on_its_seed_and_label_not_on_its_batch(ar):
     labels, seeds = torch.arange(6), torch.arange(100, 106)
     together = df.generate(ar, labels, 1.5, seeds=seeds)
