@@ -459,6 +459,7 @@ class Quantizer(nn.Module):
     """l2-normalised latents against l2-normalised codebook rows: all of V codes stay within reach."""
 
     WINDOW = 65536          # codes over which usage and perplexity are measured
+    AT_ONCE = 2**24         # cosines in memory at a time (64 MB): all of a large batch with 8,192 codes would be a GB
 
     def __init__(self, codebook_size, code_dim, commit_weight):
         super().__init__()
@@ -473,8 +474,11 @@ class Quantizer(nn.Module):
     def nearest(self, latents, k):
         """The k nearest codes of unit vectors (..., C), nearest first: (..., k).
         On the sphere |z - e|^2 = 2 - 2 z.e: the nearest code has the largest cosine."""
-        cosine = latents @ F.normalize(self.codebook, dim=-1).T                                 # (..., V)
-        return cosine.argmax(dim=-1, keepdim=True) if k == 1 else cosine.topk(k, dim=-1).indices
+        found, codebook = [], F.normalize(self.codebook, dim=-1).T                              # (C, V)
+        for rows in latents.flatten(0, -2).split(max(1, self.AT_ONCE // codebook.shape[1])):
+            cosine = rows @ codebook                                                            # (rows, V)
+            found.append(cosine.argmax(dim=-1, keepdim=True) if k == 1 else cosine.topk(k, dim=-1).indices)
+        return torch.cat(found).unflatten(0, latents.shape[:-1])
 
     def forward(self, latents):
         """(B, T, C) -> Quantized. In float32 also under autocast: bfloat16 would decide near ties at random."""

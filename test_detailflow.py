@@ -300,6 +300,9 @@ def test_quantiser_finds_the_nearest_code_and_passes_gradients_straight_through(
     distance = torch.cdist(unit, rows)
     assert torch.equal(out.codes, distance.argmin(-1))
     assert torch.equal(quantizer.nearest(unit, 6), distance.topk(6, largest=False).indices)
+    quantizer.AT_ONCE = 70  # two latents at a time, of ten
+    assert torch.equal(quantizer.nearest(unit, 6), distance.topk(6, largest=False).indices)
+    assert torch.equal(quantizer(z).codes, out.codes)
     torch.testing.assert_close(out.vectors, quantizer.lookup(out.codes))
     torch.testing.assert_close(out.error, 1.25 * distance.min(-1).values.square() / 4)
     weight = torch.randn_like(out.vectors)
