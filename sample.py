@@ -22,7 +22,6 @@ import detailflow as df
 
 SETTINGS = ("device", "dtype", "compile", "guidance", "schedule", "temperature", "top_k", "top_p")  # not the run's
 
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="runs/shapes", help="folder with tokenizer.pt and ar.pt [runs/shapes]")
@@ -46,7 +45,6 @@ def parse(argv):
         parser.add_argument("--" + name.replace("_", "-"), help=field.metadata["help"] + " [as trained]", **kind)
     return parser.parse_args(argv)
 
-
 def class_numbers(wanted, names):
     """Class names or numbers -> numbers. Raises Refused."""
     by_name = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
@@ -55,14 +53,12 @@ def class_numbers(wanted, names):
                          + (", ..." if len(names) > 20 else ""))
     return [by_name[w] for w in wanted]
 
-
 def rebuild(args, tokenizer, machine, out):
     """Write rebuilt.png: the picture from 1 ... N tokens, and itself."""
     picture = df.crop(df.read_picture(args.image), tokenizer.config.image_size)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(machine.device)
     df.save_picture(df.reconstructions(tokenizer, pixels), out / "rebuilt.png")
     print(f"{out / 'rebuilt.png'}: from {df.strip_lengths(tokenizer.config)} tokens, then the picture itself")
-
 
 def draw(args, tokenizer, model, machine, names, out):
     """Write samples.png and coarse_to_fine.png, or the npz."""
@@ -73,11 +69,10 @@ def draw(args, tokenizer, model, machine, names, out):
     df.require(1 <= count <= 10**7 and args.batch >= 1, "--num and --batch must be at least 1, --num at most 10000000",
                f"{count} and {args.batch}")
     df.require(machine.world == 1 or args.npz, "several processes must draw into one file: --npz FILE", "none")
-    df.require(not args.npz or (Path(args.npz).name and not Path(args.npz).is_dir()), "--npz must name a file",
-               args.npz)
+    npz = Path(args.npz or "none")
+    df.require(npz.name and not npz.is_dir(), "--npz must name a file", args.npz)
     lengths = df.prefix_lengths(model.config)
-    df.require(args.tokens is None or args.tokens in lengths, f"--tokens (num_tokens) must be one of {lengths}",
-               args.tokens)
+    df.require(args.tokens in (None, *lengths), f"--tokens (num_tokens) must be one of {lengths}", args.tokens)
     turn = torch.arange(count) % len(classes)
     if args.random_classes:
         u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
@@ -87,14 +82,13 @@ def draw(args, tokenizer, model, machine, names, out):
     if args.npz:
         request = [vars(args), df.fingerprint(tokenizer), df.fingerprint(model)]
         digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
-        path = Path(args.npz).with_suffix(f".{digest}.npy")     # goes on where a killed run was
+        path = npz.with_suffix(f".{digest}.npy")     # goes on where a killed run was
         drawn = df.draw_images(path, config, machine, tokenizer, model, labels, args.tokens)
         if machine.rank == 0:
-            with df.written_whole(Path(args.npz)) as file:
+            with df.written_whole(npz) as file:
                 np.savez(file, arr_0=drawn["image"], arr_1=drawn["label"].astype(np.int64))
             path.unlink()
-        seconds = time.time() - since
-        machine.say(f"{args.npz}: arr_0 {drawn['image'].shape} uint8, arr_1 {count} labels, {seconds:.0f} s")
+        machine.say(f"{args.npz}: arr_0 {drawn['image'].shape} uint8, arr_1 labels, {time.time() - since:.0f} s")
         return
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     images, codes = [], []
@@ -113,7 +107,6 @@ def draw(args, tokenizer, model, machine, names, out):
     if args.tokens in (None, config.num_tokens):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
         print(f"{out / 'coarse_to_fine.png'}: the first {min(8, count)} from {df.strip_lengths(config)} tokens")
-
 
 def main(argv=None):
     args = parse(argv)
@@ -152,7 +145,6 @@ def main(argv=None):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
 
 if __name__ == "__main__":
     sys.exit(main())
