@@ -2143,6 +2143,7 @@ def train_tokenizer(config, machine):
         judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device)
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
+        # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
         for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
             part = resize(part, side)
@@ -2291,6 +2292,7 @@ def train_ar(config, machine):
         first, last = 0.005 * config.ar_lr, 0.01 * config.ar_lr
         lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last)
         batch, mean_loss = ar_batch(config, machine, codes, step), 0
+        # L = - mean over i of log p(target_i | class, what is shown of earlier groups; for i < c: of earlier codes)
         for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
             with machine.autocast():
                 logits = distributed(labels, shown, keys)                                   # (b, N, V)
