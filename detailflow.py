@@ -1300,7 +1300,7 @@ class LPIPS(nn.Module):
         x = (images - self.shift) / self.scale
         for stage in self.stages:
             x = stage(x)
-            yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, C, s, s)
+            yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
 
     def forward(self, a, b, keys=None):
         """Two (B, 3, S, S) in [-1, 1] -> distances (B,). keys (B,): with dropout, which the authors' training
@@ -1334,7 +1334,7 @@ def diff_augment(images, key, weak):
 
     side = int(S * (0.2 if weak else 0.5) + 0.5)
     top, left = (u[5:7] * (S + 1 - side % 2)).long() - side // 2                        # may stick out
-    hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)# (B, 1, S, S)
+    hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side) # (B, 1, S, S)
     return torch.where(use[2], images * ~hole, images)
 
 def freeze(module):
@@ -1362,7 +1362,7 @@ class Dino(nn.Module):
         """(B, 3, 224, 224) -> five features (B, 384, 196), of the input and of layers 3, 6, 9 and 12: each
         patch's plus the class token's."""
         x = self.patch_embed(images).flatten(2).transpose(1, 2).float()
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions# (B, 197, 384)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions # (B, 197, 384)
         features = [x]
         for i, block in enumerate(self.blocks):
             x, _ = block(x)
@@ -1738,7 +1738,7 @@ class Muon(torch.optim.Optimizer):
                 grad = torch.where(keep > 0, p.grad, momentum)
                 shapes.setdefault(p.shape, []).append((p, grad.lerp(momentum.lerp_(grad, 0.05), 0.95)))     # Nesterov
             for shape, pairs in shapes.items():
-                x = torch.stack([step for _, step in pairs])                                # (m, rows, columns)
+                x = torch.stack([step for _, step in pairs])                                # (m, *shape)
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
