@@ -1443,15 +1443,17 @@ def chunks(items, size):
     """A sequence in lists of at most `size`."""
     return [list(items[i:i + size]) for i in range(0, len(items), size)]
 
+SHAPES = {"train": 20000, "val": 2000, "test": 2000}        # pictures in a split
+
 class Shapes(torch.utils.data.Dataset):
     """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
     Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part."""
     classes = ("disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair")
 
     def __init__(self, split="train", size=32):
-        require(split in ("train", "val", "test"), "split must be train, val or test", repr(split))
+        require(split in SHAPES, f"split must be one of {', '.join(SHAPES)}", repr(split))
         require(type(size) is int and size >= 1, "size must be a whole number of at least 1 pixel", size)
-        self.size, self.length, self.key = size, 20000 if split == "train" else 2000, root_key(0, split)
+        self.size, self.length, self.key = size, SHAPES[split], root_key(0, split)
 
     def __len__(self):
         return self.length
