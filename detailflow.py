@@ -51,11 +51,9 @@ import copy
 import fcntl
 import functools
 import hashlib
-import http.client
 import itertools
 import json
 import math
-import mmap
 import os
 import pickle
 import re
@@ -65,10 +63,10 @@ import sys
 import time
 import types
 import urllib.request
-import weakref
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,12 +92,25 @@ def require(good, wanted, got):
     if not good:
         raise Refused(f"{wanted}, got {got}")
 
-INTEGERS = torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8
+def check(x, name, shape, most=None):
+    """Refuse x unless it is a tensor of this shape (a letter: any size) of floats or, with `most`, integers 0..most."""
+    require(isinstance(x, torch.Tensor), f"{name} must be a tensor", type(x).__name__)
+    sizes = len(x.shape) == len(shape) and all(n == w or type(w) is str for n, w in zip(x.shape, shape, strict=True))
+    integers = x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    require(sizes and x.numel() and (x.is_floating_point() if most is None else integers), f"{name} must be "
+            f"{'floats' if most is None else 'integers'} ({', '.join(map(str, shape))})", f"{x.dtype} {tuple(x.shape)}")
+    require(most is None or 0 <= x.min() <= x.max() <= most, f"{name} must lie in 0..{most}", x.flatten()[:9].tolist())
+    require(most is not None or x.isfinite().all(), f"{name} must be finite", "nan or inf")
 
-def tensor(value, name):
-    """The value, refused when it is no tensor."""
-    require(isinstance(value, torch.Tensor), f"{name} must be a tensor", type(value).__name__)
-    return value
+@contextlib.contextmanager
+def blame(what, remedy=""):
+    """What goes wrong inside is the fault of a file that the user gave, torn, foreign or hostile: there is no end of
+    kinds of errors. Raises Refused, one line."""
+    try:
+        yield
+    except Exception as error:
+        kind, reason = type(error).__name__, " ".join(str(error).split()).split(". ")[0][:200]
+        raise Refused(f"{what} ({reason if kind == 'Refused' else f'{kind}: {reason}'}){remedy}") from error
 
 # == 1. Randomness as a function =======================================================================================
 
@@ -141,7 +152,7 @@ def dropout(x, rate, keys, site):
 
 def setting(group, default, help, low=0, high=10**9, one_of=None):
     """A field of Config: its help text is its comment, and --help prints it. Numbers must lie in low..high."""
-    return field(default=default, metadata={"group": group, "help": help, "low": low, "high": high, "one_of": one_of})
+    return field(default=default, metadata={"group": group, "help": help, "range": (low, high), "one_of": one_of})
 
 GPT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1280, 36, 20)}
 
@@ -202,7 +213,6 @@ class Config:
     align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1, 65536)
     teacher_width: int = setting("tokenizer training", 1152, "first-token alignment: width of the teacher", 1, 65536)
     perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
-    perceptual_ramp: int = setting("tokenizer training", 10000, "steps over which LPIPS gets its weight", 1)
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
@@ -232,38 +242,33 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if f.type is float and type(value) is int:
+            value, choices, (low, high) = getattr(self, f.name), f.metadata["one_of"], f.metadata["range"]
+            if f.type is float and type(value) in (int, np.float64):
                 setattr(self, f.name, value := float(value))
             require(type(value) is f.type, f"{f.name} must be of type {f.type.__name__}", repr(value))
             require(f.type not in (int, float) or low <= value <= high, f"{f.name} must lie in {low}..{high}", value)
-            choices = f.metadata["one_of"] or (value,)
-            require(value in choices, f"{f.name} must be one of {', '.join(map(str, choices))}", value)
+            require(choices is None or value in choices, f"{f.name} must be one of {', '.join(choices or ())}", value)
         self.causal_num = self.group_size if self.causal_num == -1 else self.causal_num
         self.enc_mlp, self.dec_mlp = self.enc_mlp or 4 * self.enc_width, self.dec_mlp or 4 * self.dec_width
         self.dec_patch_size = self.dec_patch_size or self.patch_size
-        if self.gpt:
-            self.ar_width, self.ar_depth, self.ar_heads = GPT_SIZES[self.gpt]
+        self.ar_width, self.ar_depth, self.ar_heads = GPT_SIZES.get(
+            self.gpt, (self.ar_width, self.ar_depth, self.ar_heads))
         self.ar_mlp = self.ar_mlp or 256 * math.ceil(int(8 * self.ar_width / 3) / 256)
         for name, unit in (("num_tokens", "group_size"), ("causal_num", "group_size"), ("image_size", "patch_size"),
                            ("image_size", "dec_patch_size"), ("enc_width", "enc_heads"), ("dec_width", "dec_heads"),
-                           ("ar_width", "ar_heads")):
+                           ("ar_width", "ar_heads"), *[("dec_patch_size", "patch_size")] * (self.dynamic_prob > 0)):
             value, of = getattr(self, name), getattr(self, unit)
             require(value % of == 0, f"{name} must be a multiple of {unit} {of}", value)
         self.enc_grid = self.enc_grid or self.image_size // self.patch_size
         self.dec_grid = self.dec_grid or self.image_size // self.dec_patch_size
         least = self.causal_num + self.group_size
-        most = self.codebook_size
-        require(self.num_tokens >= least, f"num_tokens must hold causal_num and a group: at least {least}",
+        require(self.num_tokens >= least, f"num_tokens must be at least {least}: causal_num + group_size",
                 self.num_tokens)
-        require(self.min_size <= self.image_size, f"min_size must not exceed image_size {self.image_size}",
-                self.min_size)
-        require(not self.dynamic_prob or self.dec_patch_size % self.patch_size == 0,
-                f"dynamic resolution wants dec_patch_size to be a multiple of patch_size {self.patch_size}",
-                self.dec_patch_size)
-        require(not self.disc_weight or self.image_size >= 4, "a discriminator wants an image_size of at least 4",
+        for name, bound in (("min_size", "image_size"), ("noise_topk", "codebook_size")):
+            value, most = getattr(self, name), getattr(self, bound)
+            require(value <= most, f"{name} must not exceed {bound} {most}", value)
+        require(self.image_size >= 4 or not self.disc_weight, "a discriminator wants an image_size of at least 4",
                 self.image_size)
-        require(self.noise_topk <= most, f"noise_topk must not exceed codebook_size {most}", self.noise_topk)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
@@ -329,9 +334,7 @@ def resize(images, side):
     """(B, 3, S, S) -> (B, 3, side, side): area-averaged down, or bicubic up."""
     if side == images.shape[-1]:
         return images
-    if side < images.shape[-1]:
-        return F.interpolate(images, (side, side), mode="area")
-    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False)
+    return F.interpolate(images, (side, side), mode="area" if side < images.shape[-1] else "bicubic")
 
 def degrade(images, config, n):
     """The target for n tokens: (B, 3, R, R) in [-1, 1] -> (B, 3, S, S) with S = decoder_size(n).
@@ -364,7 +367,6 @@ def split_heads(x, heads):
 
 class Block(nn.Module):
     """Pre-norm transformer layer: attention, then an MLP with tanh-GELU."""
-
     def __init__(self, width, heads, mlp):
         super().__init__()
         self.heads = heads
@@ -375,12 +377,6 @@ class Block(nn.Module):
             nn.init.xavier_uniform_(weight)
         for layer in (self.qkv, self.out, self.fc1, self.fc2):
             nn.init.zeros_(layer.bias)
-
-    def keys_values(self, x):
-        """What others need of x (B, T, D) to attend to it: a pair of (B, h, T, D/h)."""
-        D = x.shape[-1]
-        kv = F.linear(self.norm1(x), self.qkv.weight[D:], self.qkv.bias[D:])
-        return tuple(split_heads(t, self.heads) for t in kv.chunk(2, dim=-1))
 
     def forward(self, x, past=None, mask=None):
         """x (B, T, D) attends to itself and to `past`, keys and values of P other tokens; mask (T, P + T).
@@ -393,24 +389,6 @@ class Block(nn.Module):
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh")), own
 
-class ViT(nn.Module):
-    """Layers, a final norm, and a table of learned positions for an image of grid x grid patches."""
-
-    def __init__(self, width, depth, heads, mlp, grid, init_std):
-        super().__init__()
-        self.grid = grid
-        self.positions = nn.Parameter(init_std * torch.randn(grid * grid, width))
-        self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def position_grid(self, rows, columns):
-        """Positions of rows x columns patches, resized from the table where sizes differ: (rows * columns, D)."""
-        if rows == columns == self.grid:
-            return self.positions
-        table = self.positions.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]      # (1, D, grid, grid)
-        table = F.interpolate(table, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
-        return table[0].flatten(1).T
-
 def patchify(images, p):
     """(B, 3, H, W) -> (B, P, p * p * 3): patches row by row; inside a patch row, column, channel."""
     x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))                                      # (B, 3, h, p, w, p)
@@ -422,30 +400,36 @@ def unpatchify(x, p):
     x = x.unflatten(1, (side, side)).unflatten(3, (p, p, 3))                                    # (B, h, w, p, p, 3)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
-PACKED = weakref.WeakKeyDictionary()        # module: (what its weights were, copies of them for oneDNN)
+class ViT(nn.Module):
+    """Layers, a final norm, a table of learned positions for grid x grid patches and, with a patch side p, their
+    embedding: the decoder starts from mask tokens in place of patches."""
+    def __init__(self, width, depth, heads, mlp, grid, init_std, p=None):
+        super().__init__()
+        self.grid, self.p = grid, p
+        if p:
+            self.patch_embed = nn.Linear(3 * p * p, width)
+        self.positions = nn.Parameter(init_std * torch.randn(grid * grid, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
-@contextlib.contextmanager
-def packed(module):
-    """For speed alone, on a CPU: inside, the module's linear layers use copies of their weights in the blocked order of
-    oneDNN's matmul. The few rows of a pass of generate() read them much faster so than in F.linear, and reading them is
-    most of the time it takes. The copies are kept until the weights change."""
-    layers, op = [m for m in module.modules() if type(m) is nn.Linear], torch.ops.mkldnn
-    weight = layers[0].weight
-    if (weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-            or not torch.backends.mkldnn.is_available() or not hasattr(op, "_linear_pointwise")):
-        yield
-        return
-    now = [(m.weight.data_ptr(), m.weight._version) for m in layers]
-    if weight.requires_grad or PACKED.get(module, (None,))[0] != now:       # (fused AdamW leaves the version as it is)
-        PACKED[module] = now, [op._reorder_linear_weight(m.weight.detach()) for m in layers]
-    for m, blocked in zip(layers, PACKED[module][1], strict=True):
-        m.forward = functools.partial(op._linear_pointwise, W=blocked, B=m.bias, attr="none", scalars=[], algorithm="")
-    try:
-        with torch.compiler.set_stance("force_eager"):                      # compiled layers can't take such weights
-            yield
-    finally:
-        for m in layers:
-            del m.forward                   # uncovers the class's own
+    def embed(self, images):
+        """Patches and their positions: (B, 3, H, W) in [-1, 1] -> (B, P, D)."""
+        rows, columns = images.shape[2] // self.p, images.shape[3] // self.p
+        return self.patch_embed(patchify(images, self.p)) + self.position_grid(rows, columns)
+
+    def position_grid(self, rows, columns):
+        """Positions of rows x columns patches, resized from the table where sizes differ: (rows * columns, D)."""
+        if rows == columns == self.grid:
+            return self.positions
+        table = self.positions.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]      # (1, D, grid, grid)
+        table = F.interpolate(table, (rows, columns), mode="bilinear", align_corners=False, antialias=True)
+        return table[0].flatten(1).T
+
+    def forward(self, x):
+        """All layers and the norm: (B, T, D), each of which sees all -> (B, T, D)."""
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.norm(x)
 
 # == 6. Vector quantiser: nearest neighbour on the unit sphere =========================================================
 
@@ -474,10 +458,9 @@ class Quantizer(nn.Module):
     def nearest(self, latents, k):
         """The k nearest codes of unit vectors (..., C), nearest first: (..., k).
         On the sphere |z - e|^2 = 2 - 2 z.e: the nearest code has the largest cosine."""
-        found, codebook = [], F.normalize(self.codebook, dim=-1).T                              # (C, V)
-        for rows in latents.flatten(0, -2).split(max(1, self.AT_ONCE // codebook.shape[1])):
-            cosine = rows @ codebook                                                            # (rows, V)
-            found.append(cosine.argmax(dim=-1, keepdim=True) if k == 1 else cosine.topk(k, dim=-1).indices)
+        codebook = F.normalize(self.codebook, dim=-1).T                                         # (C, V)
+        parts = latents.flatten(0, -2).split(max(1, self.AT_ONCE // codebook.shape[1]))
+        found = [(z @ codebook).argmax(-1, keepdim=True) if k == 1 else (z @ codebook).topk(k).indices for z in parts]
         return torch.cat(found).unflatten(0, latents.shape[:-1])
 
     def forward(self, latents):
@@ -556,13 +539,12 @@ def draw_noise(config, keys, prefix):
 
 class Tokenizer(nn.Module):
     """Image <-> N codes, coarse to fine: the first n codes decode to the image at resolution R(n)."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         N, C, D, E, std = config.num_tokens, config.code_dim, config.enc_width, config.dec_width, config.init_std
-        self.patch_embed = nn.Linear(3 * config.patch_size**2, D)
-        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.enc_grid, std)
+        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.enc_grid, std,
+                           config.patch_size)
         self.queries = nn.Parameter(std * torch.randn(1, N, D))           # query i asks the image for token i;
         self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
         self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
@@ -584,14 +566,11 @@ class Tokenizer(nn.Module):
 
     def encode_patches(self, images):
         """(B, 3, H, W) in [-1, 1] -> keys and values of the patches in each layer: all that queries read."""
-        p = self.config.patch_size
-        x = self.patch_embed(patchify(images, p))                                               # (B, P, D)
-        x = x + self.encoder.position_grid(images.shape[2] // p, images.shape[3] // p)
-        past = []
-        for block in self.encoder.blocks[:-1]:
+        x, past = self.encoder.embed(images), []                                                # (B, P, D)
+        for block in self.encoder.blocks:
             x, keys_values = block(x)
             past.append(keys_values)
-        return [*past, self.encoder.blocks[-1].keys_values(x)]      # the patches' final output nobody reads
+        return past
 
     def encode_queries(self, queries, past):
         """Queries (B, T, D) see all patches and the queries that the mask allows -> latents (B, T, C)."""
@@ -646,10 +625,9 @@ class Tokenizer(nn.Module):
         """Mask tokens read code vectors (B, n, C) -> pixels (B, 3, size, size), nominally in [-1, 1]."""
         n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
-        x = torch.cat([canvas, self.code_embed(vectors) + self.code_positions[:, :n]], dim=1)
-        for block in self.decoder.blocks:
-            x, _ = block(x)                                                                     # (B, side^2 + n, E)
-        return unpatchify(self.to_pixels(self.decoder.norm(x[:, :side * side])), self.config.dec_patch_size).float()
+        x = torch.cat([canvas, self.code_embed(vectors) + self.code_positions[:, :n]], dim=1)   # (B, side^2 + n, E)
+        x = self.to_pixels(self.decoder(x)[:, :side * side])
+        return unpatchify(x, self.config.dec_patch_size).float()
 
     # -- What the rest of the program calls --
 
@@ -671,29 +649,21 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """(B, 3, H, W) float in [-1, 1], sides multiples of p -> codes (B, N) int64. Raises Refused."""
-        p, shape = self.config.patch_size, tuple(tensor(images, "images").shape)
-        require(len(shape) == 4 and shape[1] == 3 and images.is_floating_point() and 0 not in shape
-                and shape[2] % p == shape[3] % p == 0,
-                f"encode wants float images (B, 3, H, W), sides multiples of {p}", f"{images.dtype} {shape}")
-        require(images.isfinite().all(), "images must be finite, in [-1, 1]", "nan or inf")
+        check(images, "images", ("B", 3, "H", "W"))
+        sides, p = tuple(images.shape[2:]), self.config.patch_size
+        require(sides[0] % p == sides[1] % p == 0, f"sides of images must be multiples of {p}", sides)
         return self.quantize(self.encode_patches(images)).codes
 
     @torch.no_grad()
     def decode(self, codes, size=None):
         """Codes (B, n), n one of prefix_lengths -> (B, 3, S, S), nominally in [-1, 1]; S = size or decoder_size(n).
         Raises Refused."""
-        allowed, V, p = prefix_lengths(self.config), self.config.codebook_size, self.config.dec_patch_size
-        require(tensor(codes, "codes").ndim == 2 and codes.dtype in INTEGERS and codes.shape[1] in allowed,
-                f"decode wants integer codes (B, n), n in {allowed}", f"{codes.dtype} {tuple(codes.shape)}")
-        require(codes.numel() == 0 or 0 <= codes.min() <= codes.max() < V, f"codes must lie in 0..{V - 1}", codes)
+        check(codes, "codes", ("B", "n"), self.config.codebook_size - 1)
+        allowed, p = prefix_lengths(self.config), self.config.dec_patch_size
+        require(codes.shape[1] in allowed, f"codes must be (B, n), n in {allowed}", tuple(codes.shape))
         size = decoder_size(self.config, codes.shape[1]) if size is None else size
         require(type(size) is int and size > 0 == size % p, f"size must be a multiple of the patch size {p}", size)
-        return self.paint(codes.long(), size)
-
-    def paint(self, codes, size):
-        """decode() of codes that need no checking: a GPU would have to wait for the answer."""
-        with packed(self.decoder):
-            return self.decode_vectors(self.quantizer.lookup(codes), size)
+        return self.decode_vectors(self.quantizer.lookup(codes.long()), size)
 
     @torch.no_grad()
     def triples(self, images, keys):
@@ -742,7 +712,6 @@ class Discriminator(nn.Module):
 
 class PatchDiscriminator(Discriminator):
     """Of the small presets: a small convolutional judge of neighbourhoods of 16 x 16 pixels."""
-
     def __init__(self, image_size, width=64):
         super().__init__()
         self.image_size = image_size
@@ -792,7 +761,6 @@ def rotate(x, table):
 
 class ARBlock(nn.Module):
     """Llama layer without biases: RMSNorm, rotary attention, RMSNorm, SwiGLU."""
-
     def __init__(self, config):
         super().__init__()
         D, hidden = config.ar_width, config.ar_mlp
@@ -802,15 +770,13 @@ class ARBlock(nn.Module):
         self.w1, self.w3 = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False)
         self.w2 = nn.Linear(hidden, D, bias=False)
 
-    def forward(self, x, rotary, mask=None, cache=None, positions=None, end=None, keys=None):
-        """x (B, T, D) with angles rotary (T, D/h/2, 2) attends to itself, as mask (T, T) allows. With a cache
-        (2, B, h, N, D/h) of keys and values its own are added there at `positions` (T,), and it attends to the first
-        `end` of them, or to all N as mask (T, N) allows."""
+    def forward(self, x, rotary, mask, cache=None, positions=None, keys=None):
+        """x (B, T, D), with angles rotary (T, D/h/2, 2), attends to itself as mask (T, T) allows; or, with a cache
+        (2, B, h, N, D/h) where its own keys and values are added at `positions` (T,), to that, with mask (T, N)."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            cache.index_copy_(3, positions, torch.stack([k, v]).type_as(cache))
-            k, v = cache[:, :, :, :end]                                                     # (B, h, end, D/h) each
+            k, v = cache.index_copy_(3, positions, torch.stack([k, v]).type_as(cache))      # (B, h, N, D/h) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + dropout(self.out(y.transpose(1, 2).flatten(2)), self.rate, keys, 0)
         h = self.norm2(x)
@@ -818,10 +784,9 @@ class ARBlock(nn.Module):
 
 class ARTransformer(nn.Module):
     """Writes the N codes of an image of a given class, coarse to fine."""
-
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.cache = config, [None]
         D, V = config.ar_width, config.codebook_size
         self.class_embed = nn.Embedding(config.num_classes + 1, D)          # the last row is the null class
         self.code_embed = nn.Embedding(V, D)
@@ -833,7 +798,6 @@ class ARTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)                                  # so that the first loss is ln V
         self.specials = nn.Parameter(torch.randn(config.group_size - 1, D))  # std 1, as in the published models
-        self.compiled, self.cache = None, None                              # see prepare_sampling()
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         mask = group_causal_mask(config.num_tokens, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
@@ -857,26 +821,23 @@ class ARTransformer(nn.Module):
             x = block(x, self.rotary[:T], self.mask[:T, :T], keys=None if keys is None else fold(keys, i))
         return self.output(self.norm(x)).float()
 
-    def step(self, x, positions, cache, end=None):
-        """A pass of generate(): x (B, T, D) is the one position or the group at `positions` (T,), which sees itself
-        and all before, the first `end` positions -> logits (B, T, V) float32. Without an `end` it reads the whole
-        cache through the mask: no shape then tells how far we are, and a compiled pass serves every group."""
-        mask = self.mask[positions] if end is None else None                                # (T, N)
+    def step(self, x, positions, cache):
+        """A pass of generate(): x (B, T, D) is what stands at `positions` (T,), one or a group, and reads the cache
+        where the mask allows -> logits (B, T, V) float32. No shape tells how far we are, so that on a GPU two compiled
+        graphs, for one position and for a group, serve all passes."""
+        rotary, mask = self.rotary[positions], self.mask[positions]                         # (T, D/h/2, 2), (T, N)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x = block(x, self.rotary[positions], mask, layer_cache, positions, end)
+            x = block(x, rotary, mask, layer_cache, positions)
         return self.output(self.norm(x)).float()
 
     def new_cache(self, batch):
-        """Room for the keys and values of all positions, for each layer (2, B, h, N, D/h). Compiled passes find it
-        where it was the last time."""
-        if self.compiled is None or self.cache is None or self.cache[0].shape[1] != batch:
-            c, zeros = self.config, self.output.weight.new_zeros
-            shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
-            cache = [zeros(shape) for _ in self.blocks]
-            if self.compiled is None:
-                return cache
-            self.cache = cache
-            for layer in cache:
+        """Room for keys and values of all positions, for each layer (2, B, h, N, D/h): where it was the last time, as
+        graphs want it. What an earlier batch left behind, the mask hides."""
+        like, c = self.output.weight, self.config
+        shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
+        if self.cache[0] is None or (self.cache[0].shape, self.cache[0].dtype) != (shape, like.dtype):
+            self.cache = [like.new_zeros(shape) for _ in self.blocks]
+            for layer in self.cache:
                 torch._dynamo.mark_static_address(layer)
         return self.cache
 
@@ -884,19 +845,13 @@ class ARTransformer(nn.Module):
         """labels (B,) in 0..num_classes (the last is "no class"), codes (B, N) -> logits (B, N, V) float32.
         Position i predicts code i, from the class and from codes of earlier groups (for i < c: all earlier codes).
         keys (B,): one a sample, for dropout in training; None: no dropout. Raises Refused."""
-        N, G = self.config.num_tokens, self.config.group_size
-        shapes = tuple(tensor(labels, "labels").shape), tuple(tensor(codes, "codes").shape)
-        require(shapes == (shapes[1][:1], (len(codes), N)) and {labels.dtype, codes.dtype} <= {*INTEGERS},
-                f"ARTransformer wants integers, labels (B,) and codes (B, {N})", f"{labels.dtype} {shapes[0]}, "
-                f"{codes.dtype} {shapes[1]}")
+        N, G, K = self.config.num_tokens, self.config.group_size, self.config.num_classes
         if keys is None:                        # in training a GPU would have to wait for the answer
-            for what, values, most in (("labels", labels, self.config.num_classes),
-                                       ("codes", codes, self.config.codebook_size - 1)):
-                require(not len(codes) or 0 <= values.min() <= values.max() <= most, f"{what} must lie in 0..{most}",
-                        values.tolist())
+            check(codes, "codes", ("B", N), self.config.codebook_size - 1)
+            check(labels, "labels", (len(codes),), K)
         else:
             hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
-            labels = torch.where(hidden, self.config.num_classes, labels)
+            labels = torch.where(hidden, K, labels)
         x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
         return self.run(x, keys=keys)
 
@@ -937,26 +892,6 @@ def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     threshold = (u.double() + 2**-25)[..., None] * p[..., -1:]              # u + 2^-25 lies strictly inside (0, 1)
     return torch.searchsorted(p, threshold, right=True)[..., 0]
 
-def check_request(config, labels, guidance, schedule, temperature, top_k, top_p, seeds, num_tokens):
-    """Refuse what generate() cannot do, naming the value and what is allowed."""
-    K, allowed = config.num_classes, prefix_lengths(config)
-    require(tensor(labels, "labels").ndim == 1 and len(labels) and labels.dtype in INTEGERS,
-            "labels must be at least one integer, shape (B,)", f"{labels.dtype} {tuple(labels.shape)}")
-    require(0 <= labels.min() and labels.max() <= K, f"labels must lie in 0..{K - 1} ({K}: no class)", labels.tolist())
-    for name, value in (("guidance", guidance), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        require(isinstance(value, (int, float)), f"{name} must be a number", repr(value))
-    require(0 <= guidance <= 10**9, "guidance must lie in 0..1000000000", guidance)
-    require(schedule in ("constant", "linear"), "schedule must be constant or linear", schedule)
-    require(0 <= temperature < math.inf, "temperature must be a number of at least 0", temperature)
-    require(isinstance(top_k, int) and top_k >= 0, "top_k must be a whole number, 0 for all codes", top_k)
-    require(0 < top_p <= 1, "top_p must be above 0 and at most 1", top_p)
-    try:
-        whole = seeds is None or (torch.as_tensor(seeds).dtype in INTEGERS and len(seeds) == len(labels))
-    except (TypeError, ValueError, RuntimeError, OverflowError):        # no numbers, or too large
-        whole = False
-    require(whole, f"seeds must be {len(labels)} integers, one a label", seeds)
-    require(isinstance(num_tokens, int) and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
-
 @torch.no_grad()
 def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, top_k=0, top_p=1.0, seeds=None,
              num_tokens=None, slow=False):
@@ -965,40 +900,50 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     seed, not on its batch. slow=True recomputes every position in every pass, as the authors' code does: the
     reference that the cache is tested against. Raises Refused."""
     config, device = model.config, model.output.weight.device
-    num_tokens = config.num_tokens if num_tokens is None else num_tokens
-    check_request(config, labels, guidance, schedule, temperature, top_k, top_p, seeds, num_tokens)
-    seeds = torch.randint(2**62, (len(labels),)) if seeds is None else torch.as_tensor(seeds)
+    replace(config, guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p)  # checks
+    check(labels, "labels", ("B",), config.num_classes)
+    num_tokens, allowed = config.num_tokens if num_tokens is None else num_tokens, prefix_lengths(config)
+    require(type(num_tokens) is int and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
+    try:
+        seeds = torch.randint(2**62, (len(labels),)) if seeds is None else torch.as_tensor(seeds)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:           # no numbers, or too large
+        raise Refused(f"seeds must be integers, one a label: {error}") from error
+    check(seeds, "seeds", (len(labels),), 2**63 - 1)
     u = uniform(fold(seeds.to(device, torch.int64), 0), config.num_tokens)                      # (B, N)
     labels, guided = labels.to(device), guidance != 1 or schedule == "linear"
     if guided:                                              # both halves in one batch: with the class, without it
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])               # (2B,)
     codes = labels.new_zeros(len(labels), num_tokens, dtype=torch.int64)
     cache = None if slow else model.new_cache(len(labels))
-    with contextlib.nullcontext() if slow else packed(model):
-        for start, end in decoding_spans(config, num_tokens):
-            positions = torch.arange(start, end, device=device)
-            if slow:
-                logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]            # (2B, end - start, V)
-            elif model.compiled:
-                logits = model.compiled(model.embed(labels, codes[:, :start], start), positions, cache)
-            else:
-                logits = model.step(model.embed(labels, codes[:, :start], start), positions, cache, end)
-            if guided:
-                conditional, free = logits.chunk(2)
-                logits = free + (conditional - free) * guidance_scale(config, start, guidance, schedule)
-            drawn = draw_codes(logits, u[:, start:end], temperature, top_k, top_p)
-            codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
+    for start, end in decoding_spans(config, num_tokens):
+        if slow:
+            logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]                # (2B, end - start, V)
+        else:
+            inputs = model.embed(labels, codes[:, :start], start)                               # (2B, end - start, D)
+            logits = model.step(inputs, torch.arange(start, end, device=device), cache)
+        if guided:
+            conditional, free = logits.chunk(2)
+            logits = free + (conditional - free) * guidance_scale(config, start, guidance, schedule)
+        drawn = draw_codes(logits, u[:, start:end], temperature, top_k, top_p)
+        codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
 
 def prepare_sampling(tokenizer, model, machine, compiled):
-    """For speed alone: weights in the dtype that is computed in, once. Compiled, on a GPU: a pass of generate(), like
-    the decoder, becomes one CUDA graph of hundreds of small kernels. Shapes don't grow with the sequence, so that two
-    graphs, for single positions and for groups, serve all passes."""
+    """For speed alone, once training is over: weights in the dtype that is computed in, and a faster way to run them.
+    GPU, compiled: passes of generate() and the decoder as CUDA graphs, where launching hundreds of small kernels would
+    cost more than they do. CPU: linear layers with their weights in the blocked order of oneDNN, in which the few rows
+    of a pass read them much faster; reading them is most of the time a pass takes."""
+    op, packable = torch.ops.mkldnn, torch.backends.mkldnn.is_available() and machine.dtype == torch.float32
     for p in model.parameters():                        # (the table of angles stays float32)
         p.data = p.data.to(machine.dtype)
-    if compiled and machine.device.type == "cuda":      # (a CPU's packed weights can't be compiled, and are faster)
+    if machine.device.type == "cuda" and compiled:
         graph = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
-        model.compiled, tokenizer.decode_vectors = graph(model.step), graph(tokenizer.decode_vectors)
+        model.step, tokenizer.decode_vectors = graph(model.step), graph(tokenizer.decode_vectors)
+    elif machine.device.type == "cpu" and packable and hasattr(op, "_linear_pointwise"):
+        for m in (*model.modules(), *tokenizer.decoder.modules()):
+            if type(m) is nn.Linear:
+                m.forward = functools.partial(op._linear_pointwise, W=op._reorder_linear_weight(m.weight.detach()),
+                                              B=m.bias, attr="none", scalars=[], algorithm="")
 
 # == 11. Published weights: the authors' checkpoints, and the networks that training at the paper's scale leans on =====
 
@@ -1016,39 +961,29 @@ WEIGHTS = {     # file: (address, SHA-256, or None where nobody publishes one: t
     DINO: ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/" + DINO, None),
     SIGLIP: ("https://huggingface.co/google/siglip2-so400m-patch16-naflex/resolve/main/model.safetensors", None)}
 
-def download(url, path, sha256):
-    """Fetch a file; it gets its name only when it is whole and its hash is right. Raises OSError and the like."""
-    request = urllib.request.Request(url, headers={"User-Agent": "detailflow"})
-    aside, digest = path.with_name(f"{path.name}.{os.getpid()}.tmp"), hashlib.sha256()
-    try:
-        with urllib.request.urlopen(request, timeout=30) as source, open(aside, "wb") as file:
-            length = int(source.headers.get("Content-Length", 0))
-            with tqdm(total=length or None, desc=path.name, unit="B", unit_scale=True) as bar:
-                while chunk := source.read(2**20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            if length not in (0, file.tell()):
-                raise OSError(f"{file.tell()} of {length} bytes came")
-        if sha256 not in (None, digest.hexdigest()):
-            raise OSError(f"SHA-256 is {digest.hexdigest()}, not {sha256}")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
 def published(name, folder=""):
-    """Path of a published file in `folder` [CACHE], fetched when it is not there. Raises Refused, which says where to
-    put it by hand."""
+    """Path of a published file in `folder` [CACHE], fetched when it is not there: it gets its name only when it is
+    whole and its hash is right. Raises Refused, which says where to put it by hand."""
     require(name in WEIGHTS, f"published files are {', '.join(WEIGHTS)}", repr(name))
-    (url, sha256), path = WEIGHTS[name], Path(folder or CACHE) / name
-    if not path.exists():
+    (url, sha256), path, digest = WEIGHTS[name], Path(folder or CACHE) / name, hashlib.sha256()
+    aside, request = path.with_name(f"{name}.{os.getpid()}.tmp"), urllib.request.Request(url)
+    request.add_header("User-Agent", "detailflow")
+    if path.exists():
+        return path
+    with blame(f"{url} can't be downloaded", f": put it at {path}, or name a folder that has it: --weights FOLDER"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            download(url, path, sha256)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())[:200]         # a server may answer anything
-            raise Refused(f"{url} can't be downloaded ({reason}): put it at {path}, or name another folder that has "
-                          "it: --weights FOLDER") from error
+            with urllib.request.urlopen(request, timeout=30) as source, open(aside, "wb") as file:
+                length = int(source.headers.get("Content-Length", 0))
+                blocks = iter(functools.partial(source.read, 2**20), b"")
+                for block in tqdm(blocks, name, math.ceil(length / 2**20) or None, unit="MB"):
+                    file.write(block)
+                    digest.update(block)
+                require(length in (0, file.tell()), f"{length} bytes were announced", file.tell())
+            require(sha256 in (None, digest.hexdigest()), f"its SHA-256 must be {sha256}", digest.hexdigest())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
     return path
 
 # Each table turns our names into theirs, first pair to last. This way round, what a file lacks can be named
@@ -1059,11 +994,11 @@ SIGLIP_NAMES = [
     (r"\bnorm([12])\.", r"layer_norm\1."), (r"\bfc([12])\.", r"mlp.fc\1."),
     (r"\bqkv\.", "self_attn.*_proj."), (r"\bout\.", "self_attn.out_proj.")]
 TOKENIZER_NAMES = [
-    (r"^(encoder|decoder)\.", r"\1.visual_model."), (r"^patch_embed\.", "encoder.visual_model.patch_embed."),
-    (r"^queries$", "encoder.latent_tokens"), (r"^retry_queries$", "encoder.refined_tokens"),
-    (r"^query_positions$", "encoder.latent_pos_embed"), (r"^code_positions$", "decoder.latent_pos_embed"),
-    (r"^mask_token$", "decoder.mask_token"), (r"^quantizer\.codebook$", "quantize.embedding.weight"),
-    (r"^to_code\.", "quant_conv."), (r"^from_code\.", "refine_conv."), (r"^code_embed\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.", r"\1.visual_model."), (r"^queries$", "encoder.latent_tokens"),
+    (r"^retry_queries$", "encoder.refined_tokens"), (r"^query_positions$", "encoder.latent_pos_embed"),
+    (r"^code_positions$", "decoder.latent_pos_embed"), (r"^mask_token$", "decoder.mask_token"),
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"), (r"^to_code\.", "quant_conv."),
+    (r"^from_code\.", "refine_conv."), (r"^code_embed\.", "post_quant_conv."),
     (r"^to_pixels\.", "decoder.to_pixel.model."), (r"^align_head\.", "global_token_proj."), *SIGLIP_NAMES]
 AR_NAMES = [
     (r"^class_embed\.", "cls_embedding.embedding_table."), (r"^code_embed\.", "tok_embeddings."),
@@ -1080,15 +1015,14 @@ def translate(path, tensors, like, names):
     state, faults, unknown = {}, [], dict.fromkeys(tensors)
     for name, wanted in like.items():
         theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
-        theirs = [theirs.replace("*", letter) for letter in "qkv"] if "*" in theirs else [theirs]
-        for other, part in zip(theirs, wanted.chunk(len(theirs)), strict=True):
+        parts = [theirs.replace("*", letter) for letter in "qkv"] if "*" in theirs else [theirs]
+        for other, part in zip(parts, wanted.chunk(len(parts)), strict=True):
             unknown.pop(other, None)
-            if other not in tensors:
-                faults.append(f"{other} is missing")
-            elif (shape := getattr(tensors[other], "shape", None)) != part.shape:
-                faults.append(f"{other} is {tuple(shape or ())}, not {tuple(part.shape)}")
+            shape = tuple(getattr(tensors.get(other), "shape", ()))
+            if other not in tensors or shape != part.shape:
+                faults.append(f"{other} is " + (f"{shape}, not {tuple(part.shape)}" if other in tensors else "missing"))
         if not faults:
-            state[name] = torch.cat([tensors[other] for other in theirs])
+            state[name] = torch.cat([tensors[other] for other in parts])
     faults += [f"{other} is unknown" for other in unknown]
     if faults:
         raise Refused(f"{path} does not fit: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
@@ -1096,7 +1030,6 @@ def translate(path, tensors, like, names):
 
 class Inert:
     """Stands for the classes and functions that a foreign file names: accepts whatever unpickling does."""
-
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
@@ -1108,7 +1041,6 @@ KNOWN = {("collections", "OrderedDict"): OrderedDict, ("__builtin__", "set"): se
 
 class InertUnpickler(pickle.Unpickler):
     """Rebuilds tensors and plain containers; all else that a pickle would make, or run, becomes Inert."""
-
     def find_class(self, module, name):
         known = KNOWN.get((module, name), Inert)
         # A pickle can set attributes of a function that it is given: let that be a new one, not torch's own.
@@ -1119,95 +1051,85 @@ def read_foreign(path):
     Its tensors are memory-mapped where the format allows it: copy what is to outlive the file."""
     inert = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
                                   load=lambda file, **options: InertUnpickler(file, **options).load())
-    try:
+    with blame(f"{path} is not a file of weights"):
         archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
         if any(name.endswith("constants.pkl") for name in archive):
             raise TypeError("TorchScript, which torch.load would compile")
         state = torch.load(path, "cpu", inert, weights_only=False, mmap=bool(archive))
         if not isinstance(state, dict):
             raise TypeError("no dict of tensors")
-    except Exception as error:      # torn, foreign or hostile: torch raises half a dozen kinds
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Refused(f"{path} is not a file of weights ({reason})") from error
-    return state
+        return state
 
 def read_safetensors(path, prefix=""):
     """The tensors of a safetensors file whose names begin with prefix, by the rest of them, memory-mapped.
     The format: the length of the header, 8 bytes; the header, JSON; the data. Raises Refused."""
     dtypes, tensors = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}, {}
-    try:
-        with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)     # writes would stay in memory
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
+    with blame(f"{path} is not a whole safetensors file"):
+        data = np.memmap(path, np.uint8, "c")                   # c: writes would stay in memory
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header = json.loads(data[8:start].tobytes())
         header.pop("__metadata__", None)
-        if start + max(about["data_offsets"][1] for about in header.values()) != len(data):
-            raise ValueError("it is longer or shorter than its header says")
+        end = start + max(about["data_offsets"][1] for about in header.values())
+        require(end == len(data), f"its header speaks of {end} bytes", len(data))
         for name, about in header.items():
             if name.startswith(prefix):
-                dtype, (begin, end) = dtypes[about["dtype"]], about["data_offsets"]
-                count = (end - begin) // dtype.itemsize
-                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin)
+                flat = torch.from_numpy(data[start:][slice(*about["data_offsets"])]).view(dtypes[about["dtype"]])
                 tensors[name.removeprefix(prefix)] = flat.view(about["shape"])
-    except Exception as error:      # torn or foreign: there is no end of kinds
-        raise Refused(f"{path} is not a whole safetensors file ({type(error).__name__}: {error})") from error
     return tensors
 
 # -- The authors' checkpoints --
 
-def tower_sizes(tensors, stem=""):
-    """Width, depth, MLP width and side of the position table of the SigLIP 2 tower at `stem`."""
+def tower_sizes(tensors, side, stem=""):
+    """The settings that the tensors of a SigLIP 2 tower at `stem` tell, for our `side`: enc or dec."""
     layers = re.findall(rf"^{re.escape(stem)}encoder\.layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE)
-    return (len(tensors[f"{stem}post_layernorm.weight"]), 1 + max(map(int, layers), default=-1),
-            len(tensors[f"{stem}encoder.layers.0.mlp.fc1.bias"]),
-            math.isqrt(len(tensors[f"{stem}embeddings.position_embedding.weight"])))
+    table = tensors[f"{stem}embeddings.position_embedding.weight"]
+    hidden = len(tensors[f"{stem}encoder.layers.0.mlp.fc1.bias"])
+    return {f"{side}_width": table.shape[1], f"{side}_depth": 1 + max(map(int, layers), default=-1),
+            f"{side}_mlp": hidden, f"{side}_grid": math.isqrt(len(table))}
 
 def official_config(about, alpha, tensors):
     """Config of one of their models: from its config.json (about) and, where that is silent, its tensors."""
     for name, value in (("enc_type", "siglip2"), ("dec_type", "siglip2"), ("codebook_l2_norm", True),
                         ("causal_encoder", True), ("causal_decoder", False), ("model_type", "c2i"),
                         ("cls_token_num", 1), ("rope_base", 10000), ("norm_eps", 1e-5)):
-        if about.get(name, value) != value:
-            raise Refused(f"{name} is {about[name]}, and only {value} is known here")
-    V = about.get("vocab_size") or about.get("codebook_size") or len(tensors["quantize.embedding.weight"])
-    settings = {"group_size": about["group_size"], "causal_num": about.get("causal_num") or -1,
-                "codebook_size": V, "noise_topk": min(50, V)}
+        require(about.get(name, value) == value, f"only {name} {value} is known here", about.get(name))
+    settings = {"group_size": about["group_size"], "causal_num": about.get("causal_num") or -1}
     if "vocab_size" in about:               # guidance: the scales of their evaluation
-        settings["guidance"] = {128: 1.45, 256: 1.5, 512: 1.32}.get(about["block_size"], 1.5)
-        return Config(num_tokens=about["block_size"], num_classes=about["num_classes"], ar_width=about["dim"],
-                      ar_depth=about["n_layer"], ar_heads=about["n_head"],
-                      ar_mlp=len(tensors["layers.0.feed_forward.w1.weight"]), **settings)
-    for side, ours in (("encoder", "enc"), ("decoder", "dec")):
-        width, depth, mlp, grid = tower_sizes(tensors, f"{side}.visual_model.")
-        heads = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(width)        # no tensor shows them
-        if not heads:
-            raise Refused(f"{side}_heads must be given in config.json, as the {side} is {width} wide")
-        settings |= {f"{ours}_width": width, f"{ours}_depth": depth, f"{ours}_heads": heads,
-                     f"{ours}_mlp": mlp, f"{ours}_grid": grid}
-    if "global_token_proj.4.weight" in tensors:
-        teacher, width = tensors["global_token_proj.4.weight"].shape
-        settings |= {"align_weight": about.get("global_token_loss_weight") or 1.0, "align_width": width,
-                     "teacher_width": teacher}
-    return Config(image_size=about.get("max_image_size") or about["image_size"], alpha=alpha,
-                  patch_size=about["enc_patch_size"], dec_patch_size=about["dec_patch_size"],
-                  correction="refine_conv.weight" in tensors,
-                  num_tokens=about.get("num_latent_tokens") or tensors["encoder.latent_tokens"].shape[1],
-                  code_dim=about.get("codebook_embed_dim") or tensors["quantize.embedding.weight"].shape[1],
-                  commit_weight=about.get("commit_loss_beta", 0.25), **settings)
+        names = {"num_tokens": "block_size", "num_classes": "num_classes", "codebook_size": "vocab_size",
+                 "ar_width": "dim", "ar_depth": "n_layer", "ar_heads": "n_head"}
+        settings |= {ours: about[theirs] for ours, theirs in names.items()}
+        settings["guidance"] = {128: 1.45, 512: 1.32}.get(about["block_size"], 1.5)
+        settings["ar_mlp"] = len(tensors["layers.0.feed_forward.w1.weight"])
+    else:
+        for side, ours in (("encoder", "enc"), ("decoder", "dec")):
+            settings |= tower_sizes(tensors, ours, f"{side}.visual_model.")
+            width = settings[f"{ours}_width"]                                       # heads show in no tensor
+            heads = settings[f"{ours}_heads"] = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(width)
+            require(heads, f"{side}_heads must be given in config.json where the {side} is {width} wide", "none")
+        if "global_token_proj.4.weight" in tensors:
+            settings["teacher_width"], settings["align_width"] = tensors["global_token_proj.4.weight"].shape
+            settings["align_weight"] = about.get("global_token_loss_weight") or 1.0
+        settings["codebook_size"], settings["code_dim"] = (about.get(name) or size for name, size in zip(
+            ("codebook_size", "codebook_embed_dim"), tensors["quantize.embedding.weight"].shape, strict=True))
+        settings |= {"alpha": alpha,
+                     "num_tokens": about.get("num_latent_tokens") or tensors["encoder.latent_tokens"].shape[1],
+                     "image_size": about.get("max_image_size") or about["image_size"],
+                     "patch_size": about["enc_patch_size"], "dec_patch_size": about["dec_patch_size"],
+                     "correction": "refine_conv.weight" in tensors,
+                     "commit_weight": about.get("commit_loss_beta", 0.25)}
+    return Config(**settings, noise_topk=min(50, settings["codebook_size"]))
 
 def load_official(path):
     """The authors' Tokenizer or ARTransformer, for evaluation. Raises Refused.
     path: their folder, which holds config.json, config.yaml and checkpoints/STEPS.pt, or one of the last."""
     path = Path(path)
     found = list(path.glob("checkpoints/*.pt")) if path.is_dir() else [path]
-    if not found:
-        raise Refused(f"{path} holds no checkpoints/*.pt")
+    require(found, f"{path} must be a checkpoint or a folder that holds checkpoints/*.pt", "none")
     path = max(found, key=lambda file: [int(n) for n in re.findall(r"\d+", file.stem)][-1:])
     checkpoint, folder = read_foreign(path), path.absolute().parent.parent
-    try:
+    with blame(f"{path} with its config.json does not fit"):
         about, yaml = json.loads((folder / "config.json").read_text()), folder / "config.yaml"
-        yaml = yaml.read_text() if yaml.exists() else ""
-        alpha = re.search(r"^ *degradation_power: *(\S+)", yaml, re.MULTILINE)
+        alpha = re.search(r"^ *degradation_power: *(\S+)", yaml.read_text() if yaml.exists() else "", re.MULTILINE)
         is_ar = "vocab_size" in about
         entries = ("ema", "model") if is_ar else ("model", "ema")           # in the order of their evaluation
         entry = next((name for name in (*entries, "module", "state_dict") if checkpoint.get(name)), None)
@@ -1215,61 +1137,34 @@ def load_official(path):
         tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in tensors.items()
                    if not name.startswith("repa_model.") and not name.endswith("codebook_used")}
         config = official_config(about, float(alpha[1]) if alpha else 1.5, tensors)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = error if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
-        raise Refused(f"{path} with its config.json does not fit: {reason}") from error
     model = ARTransformer(config) if is_ar else Tokenizer(config)
     lacking = ("quantizer.counts", *(() if config.correction else ("from_code.weight", "from_code.bias")))
     like = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
-    state = translate(path, tensors, like, AR_NAMES if is_ar else TOKENIZER_NAMES)
-    model.load_state_dict(model.state_dict() | state)
+    model.load_state_dict(translate(path, tensors, like, AR_NAMES if is_ar else TOKENIZER_NAMES), strict=False)
     return model.eval().requires_grad_(False)
 
 # -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.3) --
 
-def siglip_layers(path, layers):
-    """The first layers of SigLIP 2's vision tower, from its model.safetensors: the state dict of a ViT and of
-    its patch_embed. The norm after the last layer goes after these, as the authors do. Raises Refused."""
+def siglip_tower(path, layers, heads=16):
+    """The first layers of SigLIP 2's vision tower, from its model.safetensors: a frozen ViT. The norm after its last
+    layer goes after these, as the authors do. Raises Refused."""
     tensors = read_safetensors(path, "vision_model.")
     for name in list(tensors):
         layer = re.match(r"encoder\.layers\.(\d+)\.", name)
         if name.startswith("head.") or (layer and int(layer[1]) >= layers):
             del tensors[name]
-    try:
-        width, _, mlp, grid = tower_sizes(tensors)
-        inputs = tensors["embeddings.patch_embedding.weight"].shape[1]
-    except LookupError as error:
-        raise Refused(f"{path} does not fit: {error} is missing") from error
-    with torch.device("meta"):          # only names and shapes are wanted
-        tower = ViT(width, layers, 1, mlp, grid, 0.0)
-        tower.patch_embed = nn.Linear(inputs, width)
-    return translate(path, tensors, tower.state_dict(), SIGLIP_NAMES)
+    with blame(f"{path} does not hold SigLIP 2"), torch.device("meta"):     # drawing random numbers would be in vain
+        width, _, mlp, grid = tower_sizes(tensors, "enc").values()
+        p = math.isqrt(tensors["embeddings.patch_embedding.weight"].shape[1] // 3)
+        tower = ViT(width, layers, heads, mlp, grid, 0.0, p)
+    tower.load_state_dict(translate(path, tensors, tower.state_dict(), SIGLIP_NAMES), assign=True)
+    return tower.eval().requires_grad_(False)
 
-class Teacher(ViT):
-    """What the first token is aligned with: the mean feature of an image in the frozen SigLIP 2 tower."""
-
-    def __init__(self, state, heads=16):
-        """state: from siglip_layers; its tensors tell all sizes but the number of heads."""
-        width, inputs = state["patch_embed.weight"].shape
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        mlp, grid = len(state["blocks.0.fc1.bias"]), math.isqrt(len(state["positions"]))
-        with torch.device("meta"):      # 400 million random numbers would be drawn in vain
-            super().__init__(width, depth, heads, mlp, grid, 0.0)
-            self.patch_embed, self.patch_size = nn.Linear(inputs, width), math.isqrt(inputs // 3)
-        self.load_state_dict(state, assign=True)
-        self.eval().requires_grad_(False)
-
-    def forward(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, D) of unit length."""
-        p, (rows, columns) = self.patch_size, images.shape[2:]
-        x = self.patch_embed(patchify(images, p)) + self.position_grid(rows // p, columns // p)
-        for block in self.blocks:
-            x, _ = block(x)                                                             # (B, P, D)
-        return F.normalize(self.norm(self.norm(x)).mean(1).float(), dim=-1)     # norm twice, as the authors
-
-def alignment_loss(predicted, teacher):
-    """Minus the mean cosine of what the first token predicts (B, D) and the teacher's unit vectors (B, D)."""
-    return -(F.normalize(predicted.float(), dim=-1) * teacher).sum(-1).mean()
+def alignment_loss(guess, tower, images):
+    """Minus the mean cosine of what the first token says (B, D) and the mean feature of the image in the whole frozen
+    tower: normed twice, as the authors do."""
+    wanted = tower.norm(tower(tower.embed(images))).mean(1)                                     # (B, D)
+    return -F.cosine_similarity(guess.float(), wanted.float(), dim=-1, eps=1e-12).mean()
 
 # -- LPIPS: the perceptual loss --
 
@@ -1277,6 +1172,7 @@ class LPIPS(nn.Module):
     """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924)."""
 
     CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)  # up to relu1_2, 2_2, 3_3, 4_3, 5_3
+    RAMP = 10000                                                    # steps of training over which its weight grows
 
     def __init__(self, vgg, linear):
         """Paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
@@ -1284,8 +1180,7 @@ class LPIPS(nn.Module):
         with torch.device("meta"):
             features = torchvision.models.vgg16().features
         tensors = {name: tensor for name, tensor in read_foreign(vgg).items() if "features." in name}
-        tensors = translate(vgg, tensors, features.state_dict(), [("^", "features.")])
-        features.load_state_dict(tensors, assign=True)
+        features.load_state_dict(translate(vgg, tensors, features.state_dict(), [("^", "features.")]), assign=True)
         self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
         like = {f"lin{i}.model.1.weight": torch.empty(1, width, 1, 1) for i, width in enumerate(self.WIDTHS)}
         self.weights = nn.ParameterList(translate(linear, read_foreign(linear), like, []).values())
@@ -1295,9 +1190,8 @@ class LPIPS(nn.Module):
 
     def features(self, images):
         """Yields the five stages' outputs at unit length. Poolings need 32 pixels: smaller is enlarged."""
-        if images.shape[-1] < 32:
-            images = F.interpolate(images, (32, 32), mode="bilinear", align_corners=False)
-        x = (images - self.shift) / self.scale
+        x = images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear")
+        x = (x - self.shift) / self.scale
         for stage in self.stages:
             x = stage(x)
             yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
@@ -1337,26 +1231,19 @@ def diff_augment(images, key, weak):
     hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side) # (B, 1, S, S)
     return torch.where(use[2], images * ~hole, images)
 
-def freeze(module):
-    """Make every parameter a buffer that is not saved: .to() moves it, and it is no part of a state dict."""
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            delattr(part, name)
-            part.register_buffer(name, parameter.detach(), persistent=False)
-    return module
-
 class Dino(nn.Module):
-    """DINO's ViT-S/16 (arXiv 2104.14294), with tanh-GELU as the authors run it."""
+    """DINO's ViT-S/16 (arXiv 2104.14294), frozen, with tanh-GELU as the authors run it."""
+    WIDTH = 384
 
     def __init__(self, path):
         super().__init__()
-        D = 384
-        self.patch_embed = nn.Conv2d(3, D, 16, 16)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, D))
-        self.positions = nn.Parameter(torch.zeros(1, 197, D))
-        self.blocks = nn.ModuleList(Block(D, 6, 4 * D) for _ in range(12))
+        self.patch_embed = nn.Conv2d(3, self.WIDTH, 16, 16)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, self.WIDTH))
+        self.positions = nn.Parameter(torch.zeros(1, 197, self.WIDTH))
+        self.blocks = nn.ModuleList(Block(self.WIDTH, 6, 4 * self.WIDTH) for _ in range(12))
         tensors = {name: t for name, t in read_foreign(path).items() if not name.startswith("norm.")}
         self.load_state_dict(translate(path, tensors, self.state_dict(), DINO_NAMES))
+        self.eval().requires_grad_(False)
 
     def forward(self, images):
         """(B, 3, 224, 224) -> five features (B, 384, 196), of the input and of layers 3, 6, 9 and 12: each
@@ -1374,10 +1261,9 @@ class DinoDiscriminator(Discriminator):
     """The paper's judge: a frozen DINO looks, and five small heads, all that is trained, judge each patch."""
     consistency = 4.0
 
-    def __init__(self, path):
+    def __init__(self, dino):
         super().__init__()
-        self.dino, D = freeze(Dino(path)), 384
-        norm = nn.utils.parametrizations.spectral_norm
+        self.dino, D, norm = [dino], dino.WIDTH, nn.utils.parametrizations.spectral_norm    # a list: no part of us
         def layer(kernel):
             conv = nn.Conv1d(D, D, kernel, padding=kernel // 2, padding_mode="circular")
             return nn.Sequential(norm(conv), nn.BatchNorm1d(D, eps=1e-6), nn.LeakyReLU(0.2))
@@ -1399,32 +1285,10 @@ class DinoDiscriminator(Discriminator):
             rows, columns = ((u[i] * (S - side + 1)).long() + window for i in (1, 2))
             seen = torch.where(u[0] < 0.5, x.index_select(2, rows).index_select(3, columns), seen)
         scores = []
-        for (first, second, last), feature in zip(self.heads, self.dino(seen), strict=True):
+        for (first, second, last), feature in zip(self.heads, self.dino[0](seen), strict=True):
             h = first(feature)                                                          # (B, 384, 196)
             scores.append(last((h + second(h)) / math.sqrt(2)).flatten(1))
         return torch.cat(scores, dim=1)
-
-def loss_networks(config, machine, model):
-    """LPIPS, teacher and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
-    def path(name):
-        with machine.first():
-            return published(name, config.weights)
-
-    perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device) if config.perceptual_weight else None
-    teacher = Teacher(siglip_layers(path(SIGLIP), 27)).to(machine.device) if config.align_weight else None
-    judge = None
-    if config.disc_weight:
-        judge = DinoDiscriminator(path(DINO)) if config.disc == "dino" else PatchDiscriminator(config.image_size)
-        judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge) if machine.device.type == "cuda" else judge
-        judge = judge.to(machine.device)
-    if config.enc_init == "siglip2":
-        start = siglip_layers(path(SIGLIP), config.enc_depth)
-        start = {name if name.startswith("patch_embed") else f"encoder.{name}": t for name, t in start.items()}
-        try:
-            model.load_state_dict(start, strict=False)
-        except RuntimeError as error:
-            raise Refused(f"the encoder can't start from {SIGLIP}: {str(error).splitlines()[1].strip()}") from None
-    return perceptual, teacher, judge
 
 # == 12. Data ==========================================================================================================
 
@@ -1465,10 +1329,9 @@ class Shapes(torch.utils.data.Dataset):
         return self.draw(torch.tensor([index]))[0], index % 10
 
     def draw(self, indices):
-        """Images number `indices`, (M,) int64 -> uint8 (M, 3, size, size). Raises Refused."""
-        require(tensor(indices, "indices").ndim == 1 and indices.dtype == torch.int64, "indices must be int64 (M,)",
-                f"{indices.dtype} {tuple(indices.shape)}")
-        S = self.size
+        """Images number `indices`, (M,) integers -> uint8 (M, 3, size, size). Raises Refused."""
+        check(indices, "indices", ("M",), self.length - 1)
+        S, indices = self.size, indices.long()
         u = uniform(fold(self.key, indices), 12)[..., None, None]                               # (M, 12, 1, 1)
         y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
         radius, turn = 0.32 + 0.08 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
@@ -1515,13 +1378,10 @@ def crop(image, side, share=1.0, u=None):
 
 def read_picture(path):
     """The picture in a file, RGB, the first of an animation. Raises Refused."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except Exception as error:      # Pillow's decoders raise a dozen kinds
-        raise Refused(f"{path} can't be read as a picture ({type(error).__name__}: {error})") from error
+    with blame(f"{path} can't be read as a picture"), Image.open(path) as image:
+        if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
+            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
 
 class Folder(torch.utils.data.Dataset):
     """Images in class folders, as uint8 (3, side, side): item i is a centre crop, item (i, key) a random one.
@@ -1534,28 +1394,25 @@ class Folder(torch.utils.data.Dataset):
     def __init__(self, root, split, side, share=1.0, classes=None):
         root, self.side, self.share = Path(root), side, share
         require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
-        splits = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-        require(not splits or ("train" in splits and len(splits) > 1),
-                f"{root} must hold train and val (or test), or class folders alone", " and ".join(splits))
-        names = ["train"] if split == "train" else ["val", "test"]
-        part = next((root / name for name in names if (root / name).is_dir()), root)
-        kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-        try:
+        parts = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+        require(not parts or ("train" in parts and len(parts) > 1),
+                f"{root} must hold train and val (or test), or class folders alone", " and ".join(parts))
+        part = root / (parts[split != "train"] if parts else "")
+        with blame(f"no class folders in {part}: wanted {part}/CLASS/IMAGE"):
             found = Folder.scan(part)
-        except FileNotFoundError:
-            raise Refused(f"no class folders in {part}: wanted {part}/CLASS/IMAGE") from None
-        self.classes, samples = classes or found.classes, found.samples                 # [(path, label), ...]
+        self.classes = classes or found.classes
+        unknown = sorted(set(found.classes) - set(self.classes))
+        require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
+        full, kinds = set(found.targets), " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+        empty = [name for i, name in enumerate(found.classes) if i not in full]
+        require(not empty or (full and split != "train"), f"class folders of {part} must hold images, CLASS/IMAGE, "
+                f"IMAGE being one of {kinds}", "none in " + ", ".join(empty[:5]))
+        samples = found.samples                                                         # [(path, label), ...]
         if part == root and len(samples) >= 20:
             samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
-        require(samples, f"{part} must hold images, {part}/CLASS/IMAGE, IMAGE being one of {kinds}", "none")
-        unknown = [name for name in found.classes if name not in self.classes]
-        require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
         self.paths = [path for path, _ in samples]
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[found.classes[label]] for _, label in samples])
-        full = {found.classes[label] for _, label in found.samples}
-        empty = [name for name in self.classes if name not in full and split == "train"]
-        require(not empty, f"every class folder of {part} must hold images, {kinds}", "none in " + ", ".join(empty[:5]))
+        number = [self.classes.index(name) for name in found.classes]
+        self.labels = torch.tensor([number[label] for _, label in samples])
         self.broken = Folder.broken(root, split, len(samples))
 
     def __len__(self):
@@ -1571,11 +1428,9 @@ class Folder(torch.utils.data.Dataset):
                 count = int(self.broken.sum())
                 if new:
                     sys.stderr.write(f"\nskipped: broken image {count} of {len(self)}: {error}\n")
-                require(count <= 1 + len(self) // 100, "at most one image in a hundred may be broken",
-                        f"{count} of {len(self)}, the last {self.paths[index]}")
                 others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
-                require(others, "every class must have an image that is not broken",
-                        f"{self.classes[self.labels[index]]}, the last {self.paths[index]}")
+                require(others and count <= 1 + len(self) // 100, "at most one image in a hundred, and not all of a "
+                        "class, may be broken", f"{count} of {len(self)}, the last {self.paths[index]}")
                 index = next((i for i in others if i > index), others[0])
 
     def __getitem__(self, item):
@@ -1617,12 +1472,9 @@ def open_data(config, machine, split, side=None, share=1.0, classes=None):
     if config.data == "cifar10":
         require(side == 32, "cifar10 has images of 32 pixels: image_size must be 32", side)
         source = torchvision.datasets.CIFAR10
-        try:
-            with machine.first():
-                cifar = source(CACHE, train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise Refused(f"CIFAR-10 can't be downloaded ({error}): unpack {source.url} in {CACHE}, or give a folder "
-                          "of images: --data FOLDER") from error
+        remedy = f": unpack {source.url} in {CACHE}, or give a folder of images: --data FOLDER"
+        with blame("CIFAR-10 can't be downloaded", remedy), machine.first():
+            cifar = source(CACHE, train=split == "train", download=True)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
     files = Folder(config.data, split, side, share, classes)
@@ -1647,8 +1499,7 @@ def training_batches(config, machine, data, start, stop):
     Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped."""
     plans = (batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data)) for step in range(start, stop))
     (plans, ahead), streamed = itertools.tee(plans), data.pixels is None
-    pixels = data.fetch([(row.item(), key.item()) for row, key in zip(*plan, strict=True)] if streamed else plan[0]
-                        for plan in ahead)
+    pixels = data.fetch(list(zip(*(t.tolist() for t in plan), strict=True)) if streamed else plan[0] for plan in ahead)
     for step, x, (_, keys) in zip(range(start, stop), pixels, plans, strict=True):
         images, keys = (t.to(machine.device, non_blocking=True) for t in (x, keys))
         images = to_float(images)
@@ -1687,10 +1538,6 @@ class Machine(NamedTuple):
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, items):
-        """The part of a sequence that is this process's to do."""
-        return items[self.rank::self.world]
-
     def say(self, text):
         if self.rank == 0:
             print(text, flush=True)
@@ -1698,22 +1545,19 @@ class Machine(NamedTuple):
 def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
+    wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(("cuda" if cuda else "cpu") if config.device == "auto" else config.device)
-        require(device.type in ("cpu", "cuda"), "device must be auto, cpu, cuda or cuda:0, ...", config.device)
+        device = torch.device(wanted)
+        require(device.type in ("cpu", "cuda"), "device must be auto, cpu, cuda or cuda:0, ...", wanted)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"device {config.device} can't be used ({str(error).splitlines()[0]})") from error
-    if world > 1 and not dist.is_initialized():
-        try:
+        if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
-            raise Refused(f"the {world} processes can't be joined: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"device {wanted} can't be used by {world} processes ({str(error).splitlines()[0]})") from error
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return Machine(device, getattr(torch, auto if config.dtype == "auto" else config.dtype), rank, world)
 
@@ -1727,7 +1571,6 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are made orthogonal: they move every direction equally far, so that small models
     trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does so in
     bfloat16, where two processes drift from one, matrix by matrix; this in float32, and those of a shape together."""
-    QUINTIC = 3.4445, -4.7750, 2.0315       # a x + b x^3 + c x^5, five times over, brings singular values near 1
     found_inf = torch.zeros(())             # 1: change nothing; as in torch's fused optimisers
 
     @torch.no_grad()
@@ -1743,9 +1586,9 @@ class Muon(torch.optim.Optimizer):
                 x = torch.stack([step for _, step in pairs])                                # (m, *shape)
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    (a, b, c), square = self.QUINTIC, x @ x.mT
-                    x = a * x + (b * square + c * square @ square) @ x
+                for _ in range(5):      # a x + b x^3 + c x^5, five times over, brings singular values near 1
+                    square = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
                 x = 0.2 * max(shape) ** 0.5 * keep * (x.mT if shape[0] > shape[1] else x)   # as large as AdamW's
                 for (p, _), step in zip(pairs, x, strict=True):
                     p.mul_(1 - keep * group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
@@ -1802,18 +1645,19 @@ def wrap(module, config, machine):
     for layer in module.modules():
         if config.compile and isinstance(layer, (Block, ARBlock)):
             layer.compile()
-    if machine.world == 1:
+    if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all have the same
 
-def count_parameters(module):
-    return f"{sum(p.numel() for p in module.parameters()):,}"
-
-def fingerprint(module):
-    """A short hash of a module's weights."""
+def short_hash(*things):
+    """16 digits that tell one set of settings and modules' weights from another."""
     digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    for thing in things:
+        if isinstance(thing, nn.Module):
+            for tensor in thing.state_dict().values():
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        else:
+            digest.update(json.dumps(thing).encode())
     return digest.hexdigest()[:16]
 
 @contextlib.contextmanager
@@ -1831,10 +1675,6 @@ def written_whole(path):
         reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
         raise Refused(f"{path} can't be written ({reason}); what was there before is whole") from error
 
-def write_text(path, text):
-    with written_whole(path) as file:
-        file.write(text.encode())
-
 def save_checkpoint(path, config, stage, step, about, parts):
     """All that sample.py and a resumed run need. Raises Refused."""
     state = {"format": 1, "stage": stage, "step": step, "config": asdict(config), "about": about}
@@ -1842,32 +1682,17 @@ def save_checkpoint(path, config, stage, step, about, parts):
     with written_whole(path) as file:
         torch.save(state, file)
 
-@contextlib.contextmanager
-def fits(path):
-    """What goes wrong inside is the fault of the file at `path`. Raises Refused."""
-    try:
-        yield
-    except (Refused, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        reason = reason if isinstance(error, Refused) else f"{type(error).__name__}: {reason}"
-        raise Refused(f"{path} does not fit ({reason}): delete it and train again") from error
-
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
-    try:
+    if not Path(path).exists():
+        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one")
+    with blame(f"{path} does not fit", ": delete it and train again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if torn := zipfile.ZipFile(path).testzip():         # torch reads without comparing checksums
-            raise ValueError(f"{torn} is damaged")
-    except FileNotFoundError:
-        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one") from None
-    except Exception as error:      # torn, foreign or hostile: torch raises half a dozen kinds
-        raise Refused(f"{path} is not a checkpoint ({type(error).__name__}): delete it and train again") from error
-    if not isinstance(state, dict) or state.get("format") != 1 or state.get("stage") != stage:
-        raise Refused(f"{path} is not a checkpoint of the {stage} stage of this version of detailflow.py")
-    with fits(path):
-        unknown = set(state["config"]) - {f.name for f in fields(Config)}
-        require(not unknown, "its settings must be known to this version of detailflow.py", ", ".join(unknown))
-        return state | {"config": Config(**state["config"]), "about": dict(state["about"]), "step": int(state["step"])}
+        require(not zipfile.ZipFile(path).testzip(), "checksums must be right", "another")      # torch compares none
+        made_by = (state.get("format"), state.get("stage")) if isinstance(state, dict) else None
+        require(made_by == (1, stage), f"it must be a checkpoint of the {stage} stage of this version", made_by)
+        config = Config(**state["config"])
+        return state | {"config": config, "about": dict(state["about"]), "step": int(state["step"])}
 
 def resume(path, config, stage, groups, about, parts):
     """Restore `parts` from the checkpoint at `path`, if there is one -> steps done. Raises Refused.
@@ -1876,13 +1701,13 @@ def resume(path, config, stage, groups, about, parts):
     if not path.exists():
         return 0
     state = load_checkpoint(path, stage)
-    names = ["seed", *(f.name for f in fields(Config) if f.metadata["group"] in groups)]
-    changes = [(name, getattr(state["config"], name), getattr(config, name)) for name in names
-               if name not in ("data", "tok_steps", "ar_steps")]
-    changes += [(name, state["about"].get(name), value) for name, value in about.items()]
-    if changed := [f"{name} {old} -> {new}" for name, old, new in changes if old != new]:
-        raise Refused(f"{path} was trained otherwise ({'; '.join(changed)}): choose another --out, or delete it")
-    with fits(path):
+    names = {f.name for f in fields(Config) if f.metadata["group"] in groups} - {"data", "tok_steps", "ar_steps"}
+    now, then = ({name: getattr(c, name) for name in ("seed", *sorted(names))} for c in (config, state["config"]))
+    now, then = now | about, then | state["about"]
+    changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
+    require(not changed, f"{path} must be trained with the same settings and data (choose another --out, or delete it)",
+            "; ".join(changed))
+    with blame(f"{path} does not fit", ": delete it and train again"):
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(state[name])
@@ -1897,7 +1722,7 @@ def load_model(path, stage, device="cpu", ema=True):
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
         return model.to(device), {}                 # their files name no classes
     state = load_checkpoint(Path(path), stage)
-    with fits(path):
+    with blame(f"{path} does not fit", ": delete it and train again"):
         model = kind(state["config"])
         model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
     return model.to(device).eval().requires_grad_(False), state["about"]
@@ -1908,7 +1733,7 @@ def load_ar(path, tokenizer, device, ema=True):
     ours, theirs = ([getattr(m.config, name) for name in ("num_tokens", "group_size", "causal_num", "codebook_size")]
                     for m in (tokenizer, model))
     require(ours == theirs, f"{path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
-    if ema and made_with.get("tokenizer") not in (None, fingerprint(tokenizer)):
+    if ema and made_with.get("tokenizer") not in (None, short_hash(tokenizer)):
         raise Refused(f"{path} was trained on codes of another tokenizer than this: delete it")
     return model, made_with.get("classes")
 
@@ -1918,40 +1743,40 @@ def fill_file(path, record, machine, images, work):
     of processes. record: fields of a numpy dtype; work(rows) yields (some of the rows, {field: tensor})."""
     aside, record = path.with_suffix(".part"), np.dtype([("done", "?"), *record])
     machine.barrier()
-    if not path.exists():
-        with machine.first():
-            if machine.rank == 0 and not aside.exists():
-                new = path.with_suffix(".new")
-                np.lib.format.open_memmap(new, "w+", record, (images,)).flush()
-                with open(new, "r+b") as file:      # take the room now: a disk that fills up later would kill us
-                    if hasattr(os, "posix_fallocate"):                      # (macOS has none)
-                        os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
-                os.replace(new, aside)
-        file = np.lib.format.open_memmap(aside, "r+")
-        todo = machine.share(np.arange(images))
-        todo = todo[~file["done"][todo]].tolist()
-        bar = tqdm(total=len(todo), desc=path.stem, unit="image", disable=True if machine.rank else None)
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    with machine.first():
+        if machine.rank == 0 and not aside.exists():
+            with written_whole(aside) as file:
+                np.lib.format.write_array_header_2_0(file, {"descr": np.lib.format.dtype_to_descr(record),
+                                                            "fortran_order": False, "shape": (images,)})
+                size = file.tell() + images * record.itemsize
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):          # take the room now: a disk that fills up later would
+                    os.posix_fallocate(file.fileno(), 0, size)          # kill us (macOS has no such call)
+    file = np.load(aside, mmap_mode="r+")
+    todo = np.arange(images)[machine.rank::machine.world]
+    todo = todo[~file["done"][todo]].tolist()
+    bar = tqdm(total=len(todo), desc=path.stem, unit="image", disable=True if machine.rank else None)
 
-        def on_the_way():                           # to the CPU: values, and an event when they are there
-            for rows, values in work(todo):
-                values = {name: value.to("cpu", non_blocking=True) for name, value in values.items()}
-                cuda = machine.device.type == "cuda"
-                yield rows, values, torch.cuda.current_stream().record_event() if cuda else None
-            yield None
+    def write(rows, values):
+        for name, value in values.items():
+            file[name][rows] = value.cpu().numpy()
+        file.flush()                                        # first the record, then the mark
+        file["done"][rows] = True
+        bar.update(len(rows))
 
-        for (rows, values, arrived), _ in itertools.pairwise(on_the_way()):     # a GPU is at the next while we write
-            if arrived:
-                arrived.synchronize()
-            for name, value in values.items():
-                file[name][rows] = value.numpy()
-            file.flush()                            # first the record, then the mark
-            file["done"][rows] = True
-            bar.update(len(rows))
-        file.flush()
-        machine.barrier()
-        if machine.rank == 0:
-            os.replace(aside, path)
-        machine.barrier()
+    with ThreadPoolExecutor(1) as writer:                   # a GPU is at the next batch while the last is written
+        last = writer.submit(int)                           # nothing to wait for yet
+        for batch in work(todo):
+            last.result()
+            last = writer.submit(write, *batch)
+        last.result()
+    file.flush()
+    machine.barrier()
+    if machine.rank == 0:
+        os.replace(aside, path)
+    machine.barrier()
     return np.load(path, mmap_mode="r")
 
 class Interrupted(Exception):
@@ -1960,17 +1785,17 @@ class Interrupted(Exception):
 class Progress:
     """A stage's bar, its lines in OUT/log.jsonl, and when to save. Sums stay on the device until a line is due: no
     step waits for a number. Ctrl-C and SIGTERM end the step and save; a second one ends at once."""
-
     def __init__(self, config, machine, stage, start, steps, batch):
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
         if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
-            with fits(self.path):
+            with blame(f"{self.path} does not fit", ": delete it"):
                 lines = self.path.read_text().splitlines(keepends=True)
                 records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may tear the last line
                 records = [r for r in records if r["stage"] != stage or r["step"] <= start]
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            with written_whole(self.path) as file:
+                file.writelines(json.dumps(r).encode() + b"\n" for r in records)
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
@@ -2031,7 +1856,7 @@ def save_picture(rows, path):
     images = to_uint8(rows.flatten(0, 1)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).cpu()
     grid = torchvision.utils.make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
     with written_whole(path) as file:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
+        TF.to_pil_image(grid).save(file, format="png")
 
 def save_plot(path, title, curves, width=720, height=420):
     """Curves {name: [(x, y), ...]} with axes, as one PNG."""
@@ -2045,7 +1870,7 @@ def save_plot(path, title, curves, width=720, height=420):
         return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
 
     pen.text((left, 8), title, "black", font)
-    for x, y in ((x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4) for i in range(5)):
+    for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5), strict=True):
         pen.line([place(x0, y), place(x1, y)], "lightgrey")
         pen.text((left - 8, place(x0, y)[1]), f"{y:.3g}", "black", font, "rm")
         pen.text((place(x, y0)[0], bottom + 8), f"{x:.4g}", "black", font, "mt")
@@ -2072,6 +1897,12 @@ def reconstructions(tokenizer, pixels):
     images = to_float(pixels)
     return torch.cat([coarse_to_fine(tokenizer, tokenizer.encode(images)), images[:, None]], dim=1)
 
+def spoil(tokenizer, past, clean, start, ranks):
+    """Pixels (B, 3, R, R) with a group spoilt and the rest kept, and with the rest encoded again."""
+    fixed = tokenizer.correct(past, clean, start, ranks)
+    kept = torch.where(fixed.redone, clean.codes, fixed.codes)
+    return tokenizer.decode(kept), tokenizer.decode(fixed.codes)
+
 @torch.no_grad()
 def repairs(tokenizer, pixels):
     """What self-correction mends, a row for each uint8 image (B, 3, R, R): itself, decoded, with a group spoilt and the
@@ -2079,22 +1910,19 @@ def repairs(tokenizer, pixels):
     config, images = tokenizer.config, to_float(pixels)
     past = tokenizer.encode_patches(images)
     clean = tokenizer.quantize(past)
-    start = torch.full_like(clean.codes[:, 0], config.causal_num if config.num_tokens > config.causal_num else 0)
+    start = torch.full_like(clean.codes[:, 0], config.causal_num)                   # the first parallel group
     ranks = torch.full((len(images), config.group_size), config.noise_topk - 1, device=images.device)
-    fixed = tokenizer.correct(past, clean, start, ranks)
-    kept = torch.where(fixed.redone, clean.codes, fixed.codes)
-    good, spoilt, mended = (tokenizer.decode(codes) for codes in (clean.codes, kept, fixed.codes))
-    changes = [(4 * (x - good).abs() - 1).clamp(max=1) for x in (spoilt, mended)]
-    return torch.stack([images, good, spoilt, mended, *changes], dim=1)             # (B, 6, 3, R, R)
+    good, pair = tokenizer.decode(clean.codes), spoil(tokenizer, past, clean, start, ranks)
+    return torch.stack([images, good, *pair, *[(4 * (x - good).abs() - 1).clamp(max=1) for x in pair]], dim=1)
 
 def sampling_settings(config):
     return {name: getattr(config, name) for name in ("guidance", "schedule", "temperature", "top_k", "top_p")}
 
 def samples(tokenizer, model, config, columns=8):
-    """A row for each of the first ten classes: (classes, columns, 3, R, R)."""
+    """A row for each of the first ten classes: codes (classes * columns, N), pixels (classes, columns, 3, R, R)."""
     labels = torch.arange(min(config.num_classes, 10)).repeat_interleave(columns)
     codes = generate(model, labels, **sampling_settings(config), seeds=config.seed + torch.arange(len(labels)))
-    return tokenizer.decode(codes).unflatten(0, (-1, columns))
+    return codes, tokenizer.decode(codes).unflatten(0, (-1, columns))
 
 def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None):
     """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
@@ -2106,12 +1934,35 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
         for rows in chunks(todo, config.eval_batch):
             settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(rows), "num_tokens": num_tokens}
             with machine.autocast(), torch.no_grad():
-                pixels = to_uint8(tokenizer.paint(generate(model, labels[rows], **settings), side))
+                codes = generate(model, labels[rows], **settings)
+                pixels = to_uint8(tokenizer.decode_vectors(tokenizer.quantizer.lookup(codes), side))
             yield rows, {"image": pixels.permute(0, 2, 3, 1), "label": labels[rows]}
 
     return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
 
 # == 15. Stage one: the tokenizer ======================================================================================
+
+def loss_networks(config, machine, model):
+    """LPIPS, SigLIP 2 and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
+    def path(name):
+        with machine.first():
+            return published(name, config.weights)
+
+    perceptual = tower = judge = None
+    if config.perceptual_weight:
+        perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device)
+    if config.align_weight:
+        tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
+    if config.disc_weight:
+        judge = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
+            wrap(Dino(path(DINO)).to(machine.device), config, machine))
+        if machine.device.type == "cuda":
+            judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge)
+        judge.to(machine.device)
+    if config.enc_init == "siglip2":
+        with blame(f"the encoder can't start from {SIGLIP}"):
+            model.encoder.load_state_dict(siglip_tower(path(SIGLIP), config.enc_depth).state_dict())
+    return perceptual, tower, judge
 
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
@@ -2121,7 +1972,7 @@ def train_tokenizer(config, machine):
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
     model = Tokenizer(config).to(device)
-    perceptual, teacher, judge = loss_networks(config, machine, model)                      # None where not wanted
+    perceptual, tower, judge = loss_networks(config, machine, model)
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
     parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
@@ -2130,7 +1981,7 @@ def train_tokenizer(config, machine):
         parts["judge_adamw"] = judge_optimizers.parts["adamw"]
     groups = ("data", "tokenizer", "tokenizer training", "training")
     start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
-    machine.say(f"tokenizer: {count_parameters(model)} parameters, {len(train)} images, "
+    machine.say(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} images, "
                 f"step {start} of {config.tok_steps}")
     if start >= config.tok_steps:
         return
@@ -2157,11 +2008,11 @@ def train_tokenizer(config, machine):
                 target = target.repeat(halves, 1, 1, 1)
                 losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
                 if perceptual:
-                    ramp = config.perceptual_weight * min(1, (step + 1) / config.perceptual_ramp)
+                    ramp = config.perceptual_weight * min(1, (step + 1) / perceptual.RAMP)
                     distance = perceptual(tokens.pixels, target, fold(part_keys, 1).repeat(halves))
                     losses["perceptual_loss"] = ramp * distance.mean()
-                if teacher:
-                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, teacher(part))
+                if tower:
+                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, tower, part)
                 if adversarial:
                     losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
             backward(sum(losses.values()) / config.accum)
@@ -2213,9 +2064,9 @@ def extract_codes(config, machine, tokenizer, images):
     times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
     comes from what went into it, so that another tokenizer makes another file."""
     views = 2 if config.data in BUILT_IN else 10
-    made_of = [fingerprint(tokenizer), images.classes, len(images), config.data, config.image_size, config.seed,
-               config.noise_topk, config.correction]
-    path = Path(config.out) / f"codes-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npy"
+    made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
+                         config.noise_topk, config.correction)
+    path = Path(config.out) / f"codes-{made_of}.npy"
 
     def work(todo):
         for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
@@ -2272,7 +2123,7 @@ def train_ar(config, machine):
     out, tokenizer = Path(config.out), load_tokenizer(config, machine)
     side = config.image_size if config.data in BUILT_IN else int(1.1 * config.image_size)
     images = open_data(config, machine, "train", side=side)
-    about = {"classes": images.classes, "images": len(images), "tokenizer": fingerprint(tokenizer)}
+    about = {"classes": images.classes, "images": len(images), "tokenizer": short_hash(tokenizer)}
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
@@ -2280,7 +2131,7 @@ def train_ar(config, machine):
     parts = {"model": model, "ema": ema, **optimizers.parts}
     groups = ("data", "tokenizer", "AR transformer", "AR training", "training")
     start = resume(out / "ar.pt", config, "ar", groups, about, parts)
-    machine.say(f"ar: {count_parameters(model)} parameters, step {start} of {config.ar_steps}; "
+    machine.say(f"ar: {sum(p.numel() for p in model.parameters()):,} parameters, step {start} of {config.ar_steps}; "
                 f"a blind guess has loss ln V = {math.log(config.codebook_size):.3f}")
     if start >= config.ar_steps:
         return
@@ -2309,7 +2160,7 @@ def train_ar(config, machine):
             if machine.rank == 0:
                 value = ar_loss(config, machine, ema or model, *held_out).mean().item()
                 progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
-                save_picture(samples(tokenizer, ema or model, config), out / f"ar_{done:07d}.png")
+                save_picture(samples(tokenizer, ema or model, config)[1], out / f"ar_{done:07d}.png")
                 save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
             progress.saved(done)
 
@@ -2328,16 +2179,12 @@ def tf_resize(images, size=299):
 
 class InceptionV3(nn.Module):
     """The network of FID: torchvision's Inception v3 with the weights of 2015 and the pooling they came with."""
-
     def __init__(self, weights):
         """weights: the published file, WEIGHTS[INCEPTION]. Raises Refused when it is another."""
         super().__init__()
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
-        try:
+        with blame(f"{weights} does not hold FID's Inception", f": get {WEIGHTS[INCEPTION][0]}"):
             self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise Refused(f"{weights} does not hold FID's Inception ({reason}): get {WEIGHTS[INCEPTION][0]}") from error
         pool = {"kernel_size": 3, "stride": 1, "padding": 1}
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):       # averages leave the padding out
             self.replace_pool(self.net.get_submodule(f"Mixed_{name}"), nn.AvgPool2d(**pool, count_include_pad=False))
@@ -2429,10 +2276,8 @@ def measure_tokenizer(config, machine, tokenizer, images, most=2000):
         keys = fold(root_key(config.seed, "eval"), torch.tensor(chunk)).to(machine.device)
         start, ranks = draw_noise(config, keys, config.num_tokens)
         if start is not None:
-            fixed = tokenizer.correct(past, clean, start, ranks)
-            kept = torch.where(fixed.redone, clean.codes, fixed.codes)          # spoilt group, the rest as it was
-            found["psnr_spoilt_rest_kept"] = psnr(tokenizer.decode(kept), x)
-            found["psnr_spoilt_rest_corrected"] = psnr(tokenizer.decode(fixed.codes), x)
+            pair = spoil(tokenizer, past, clean, start, ranks)
+            found["psnr_spoilt_rest_kept"], found["psnr_spoilt_rest_corrected"] = (psnr(y, x) for y in pair)
         sums = {name: sums.get(name, 0) + value.sum() for name, value in found.items()}
     p = counts / counts.sum()
     return {"images": len(rows), **{name: round(total.item() / len(rows), 3) for name, total in sums.items()},
@@ -2442,45 +2287,45 @@ def measure_tokenizer(config, machine, tokenizer, images, most=2000):
 @torch.no_grad()
 def measure_fid(config, machine, tokenizer, model, inception, val):
     """Reconstruction FID (validation images), generation FID and Inception Score, with all that defines them."""
-    def moments(count, batches):
+    def moments(count, pixels):
+        """Of `count` images: pixels(row numbers) yields (some of them, uint8 (B, 3, H, W))."""
+        if count < 2048:
+            machine.say(f"warning: FID of {count} images is not comparable: it takes 2,048, better 50,000")
         total = Moments(machine, count)
-        for rows, pixels in tqdm(batches, desc="Inception", leave=False, disable=True if machine.rank else None):
-            total.add(inception, rows, pixels.to(machine.device))
+        for rows, x in tqdm(pixels(range(count)[machine.rank::machine.world]), "Inception", leave=False, disable=None):
+            total.add(inception, rows, x.to(machine.device))
         return total.finish(machine)
 
-    def real(images):
-        return images.in_order(machine.share(range(len(images))), config.eval_batch)
+    def real(images, rows):
+        return images.in_order(rows, config.eval_batch)
 
-    def rebuilt(images):
-        for rows, pixels in real(images):
+    def rebuilt(todo):
+        for rows, x in real(val, todo):
             with machine.autocast():
-                yield rows, to_uint8(tokenizer.decode(tokenizer.encode(to_float(pixels.to(machine.device)))))
+                yield rows, to_uint8(tokenizer.decode(tokenizer.encode(to_float(x.to(machine.device)))))
 
-    for what, count in (("reconstruction FID", len(val)), ("generation FID", config.eval_samples)):
-        if count < 2048:
-            machine.say(f"warning: {what} of {count} images is not comparable: it takes 2,048, better 50,000")
-    truth, copies = moments(len(val), real(val)), moments(len(val), rebuilt(val))
+    def drawn(todo):
+        for rows in chunks(todo, config.eval_batch):
+            yield rows, torch.tensor(file["image"][rows]).permute(0, 3, 1, 2)
+
+    truth, copies = moments(len(val), functools.partial(real, val)), moments(len(val), rebuilt)
     if config.reference:
-        try:
-            with np.load(config.reference) as stored:
-                reference, whose = (stored["mu"], stored["sigma"]), config.reference
-        except Exception as error:
-            raise Refused(f"--reference {config.reference} is no npz with mu and sigma ({error})") from error
+        with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
+            reference, whose = (stored["mu"], stored["sigma"]), config.reference
     else:
         train = open_data(config, machine, "train")
-        reference, whose = moments(len(train), real(train))[:2], f"{len(train)} training images of {config.data}"
-    settings, models = sampling_settings(config), [fingerprint(tokenizer), fingerprint(model)]
-    made_of = json.dumps([models, settings, config.seed, config.eval_samples, str(machine.dtype)])
-    path = Path(config.out) / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.npy"
-    drawn = draw_images(path, config, machine, tokenizer, model, torch.arange(config.eval_samples) % config.num_classes)
-    mine = chunks(machine.share(range(len(drawn))), config.eval_batch)
-    generated = ((rows, torch.tensor(drawn["image"][rows]).permute(0, 3, 1, 2)) for rows in mine)
-    mean, covariance, score = moments(len(drawn), generated)
-    sha256 = hashlib.sha256(Path(config.inception).read_bytes()).hexdigest()
+        whose = f"{len(train)} training images of {config.data}"
+        reference = moments(len(train), functools.partial(real, train))[:2]
+    settings, models = sampling_settings(config), [short_hash(tokenizer), short_hash(model)]
+    made_of = short_hash(models, settings, config.seed, config.eval_samples, str(machine.dtype))
+    file = draw_images(Path(config.out) / f"samples-{made_of}.npy", config, machine, tokenizer, model,
+                       torch.arange(config.eval_samples) % config.num_classes)
+    mean, covariance, score = moments(len(file), drawn)
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
             "generation_fid": round(frechet_distance(mean, covariance, *reference), 4),
             "inception_score": round(score, 3),
-            "protocol": {"inception_sha256": sha256, "resize": "TensorFlow 1 bilinear, 299 px", "statistics": "float64",
+            "protocol": {"inception_sha256": hashlib.sha256(Path(config.inception).read_bytes()).hexdigest(),
+                         "resize": "TensorFlow 1 bilinear, 299 px", "statistics": "float64",
                          "reconstruction_reference": f"{len(val)} validation images", "generation_reference": whose,
                          "samples": config.eval_samples, "classes": "balanced", "seeds": f"{config.seed} + i",
                          "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
@@ -2500,7 +2345,7 @@ def draw_curves(config, out, found, loss):
     save_plot(out / "ar_loss.png", "loss in nats of code i", {
         "each": list(enumerate(loss)), "mean of its group": [(i, sum(loss[i // G * G:][:G]) / G) for i in range(N)]})
     log = Path(config.out) / "log.jsonl"
-    with fits(log):
+    with blame(f"{log} does not fit", ": delete it"):
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for stage, names in (("tokenizer", ("pixel_loss", "code_loss")), ("ar", ("loss", "held_out_loss"))):
         curves = {name: [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r] for name in names}
@@ -2509,147 +2354,96 @@ def draw_curves(config, out, found, loss):
 
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
-    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
+    out, tokenizer, say = Path(config.out), load_tokenizer(config, machine), machine.say
     model, classes = load_ar(config.ar or out / "ar.pt", tokenizer, machine.device)
-    config.num_classes = model.config.num_classes
+    config.num_classes, G = model.config.num_classes, config.group_size
     val = open_data(config, machine, "val", classes=classes)
     results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
     found = results["tokenizer"] = measure_tokenizer(config, machine, tokenizer, val)
-    loss, G = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)), config.group_size
-    groups = {f"loss_codes_{i}_to_{i + G - 1}": loss[i:i + G].mean().item() for i in range(0, config.num_tokens, G)}
-    results["ar"] = {"ln_V": math.log(config.codebook_size), "loss": loss.mean().item(), **groups}
+    loss = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)).tolist()
+    groups = {f"loss_codes_{i}_to_{i + G - 1}": sum(loss[i:i + G]) / G for i in range(0, len(loss), G)}
+    results["ar"] = {"ln_V": math.log(config.codebook_size), "loss": sum(loss) / len(loss), **groups}
     for part in ("tokenizer", "ar"):
-        machine.say("\n".join(f"{part:>10s}  {name:30s} {value:.6g}" for name, value in results[part].items()))
+        say("\n".join(f"{part:>10s}  {name:30s} {value:.6g}" for name, value in results[part].items()))
     if "psnr_spoilt_rest_kept" in found:
-        machine.say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
-                    f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
+        say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
+            f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
-        _, pixels = next(val.in_order(range(min(8, len(val))), 8))
-        save_picture(reconstructions(tokenizer, pixels.to(machine.device)), out / "reconstructions.png")
-        save_picture(samples(tokenizer, model, config), out / "samples.png")
-        seeds = torch.arange(8)
-        codes = generate(model, seeds % config.num_classes, **sampling_settings(config), seeds=config.seed + seeds)
-        save_picture(coarse_to_fine(tokenizer, codes), out / "coarse_to_fine.png")
-        save_picture(repairs(tokenizer, pixels.to(machine.device)), out / "self_correction.png")
-        draw_curves(config, out, found, loss.tolist())
-        machine.say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
+        pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
+        codes, rows = samples(tokenizer, model, config)
+        pictures = {"samples": rows, "coarse_to_fine": coarse_to_fine(tokenizer, codes[::8]),
+                    "reconstructions": reconstructions(tokenizer, pixels),
+                    "self_correction": repairs(tokenizer, pixels)}
+        for name, rows in pictures.items():
+            save_picture(rows, out / f"{name}.png")
+        draw_curves(config, out, found, loss)
+        say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
     try:
-        if config.inception == "none":
-            raise Refused("it takes Inception's weights: --inception auto downloads them, --inception FILE reads them")
+        require(config.inception != "none", "it takes Inception's weights, --inception auto or FILE", "none")
         if config.inception == "auto":
             with machine.first():
                 config.inception = str(published(INCEPTION, config.weights))
         inception = InceptionV3(config.inception).to(machine.device)
     except Refused as reason:
-        machine.say(f"FID: not measured: {reason}")
+        say(f"FID: not measured: {reason}")
     else:
         results["fid"] = measure_fid(config, machine, tokenizer, model, inception, val)
-        machine.say(json.dumps(results["fid"], indent=1))
+        say(json.dumps(results["fid"], indent=1))
     if machine.rank == 0:
-        write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
+        with written_whole(out / "results.json") as file:
+            file.write(json.dumps(results, indent=1).encode())
 
 # == 19. Benchmark: how fast, and how far from what the machine allows =================================================
 
 class Bench:
-    """Times work and prints a JSON line for each: median seconds, units/s, and the share reached of the floor: the
+    """Times work and prints a JSON line for each: median seconds, images/s, and the share reached of the floor: the
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
-
     def __init__(self, machine):
-        self.machine = machine
+        self.machine, self.gpu = machine, machine.device.type == "cuda"
         (big, other), dtype = torch.zeros(2, 2**26, device=machine.device), machine.dtype    # 256 MB each
         square = torch.ones(2048, 2048, device=machine.device, dtype=dtype)
-        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: other.copy_(big), 5)[0]      # read and written
-        self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square, 5)[0]
-        gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
-        self.say(gpu=gpu, threads=torch.get_num_threads(), torch=torch.__version__, dtype=str(dtype),
-                 copy_GB_per_s=self.bandwidth / 1e9, matmul_TFLOP_per_s=self.rate / 1e12)
+        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: other.copy_(big))[0]         # read and written
+        self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square)[0]
+        self.say(gpu=torch.cuda.get_device_name() if self.gpu else None, threads=torch.get_num_threads(),
+                 torch=torch.__version__, dtype=str(dtype), copy_GB_per_s=self.bandwidth / 1e9,
+                 matmul_TFLOP_per_s=self.rate / 1e12)
 
     def say(self, **record):
         self.machine.say(json.dumps({k: float(f"{v:.4g}") if type(v) is float else v for k, v in record.items()}))
 
-    def seconds(self, work, repeat):
-        """(median time, time of the first call, which compiles and warms up), the device waited for."""
+    def seconds(self, work):
+        """(median time of three, time of the first call, which compiles and warms up), the device waited for."""
         times = []
-        for _ in range(repeat + 1):
+        for _ in range(4):
             start = time.perf_counter()
             work()
-            if self.machine.device.type == "cuda":
+            if self.gpu:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
         return float(np.median(times[1:])), times[0]
 
-    def run(self, what, units, work, moved, repeat=3, **more):
-        """Time work(), which makes `units` images and has to move at least `moved` bytes."""
+    def run(self, what, batch, work, moved, **more):
+        """Time work(), which makes `batch` images and has to move at least `moved` bytes -> did it fit in memory?"""
         packed_flops = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *rest, **more: 2 * math.prod(x) * w[0]}
         counted = FlopCounterMode(display=False, custom_mapping=packed_flops)
-        with counted, torch.compiler.set_stance("force_eager"):
-            work()
-        if self.machine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        median, first = self.seconds(work, repeat)
-        flops, peak = counted.get_total_flops(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # so far
-        if self.machine.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        self.say(what=what, seconds=median, first_seconds=first, images_per_s=units / median, gflop=flops / 1e9,
-                 share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median, peak_GB=peak / 1e9, **more)
+        try:
+            with counted, torch.compiler.set_stance("force_eager"):
+                work()
+            if self.gpu:
+                torch.cuda.reset_peak_memory_stats()
+            median, first = self.seconds(work)
+        except torch.OutOfMemoryError:
+            self.say(what=what, batch=batch, failed="does not fit into the GPU's memory")
+            return False
+        peak = torch.cuda.max_memory_allocated() if self.gpu else 1024 * resource.getrusage(0).ru_maxrss   # so far
+        flops = counted.get_total_flops()
+        self.say(what=what, batch=batch, seconds=median, first_seconds=first, images_per_s=batch / median,
+                 gflop=flops / 1e9, share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median,
+                 peak_GB=peak / 1e9, **more)
+        return True
 
 def weight_bytes(module):
     return sum(p.nbytes for p in module.parameters())
-
-def bench_sampling(bench, tokenizer, model, batches, **settings):
-    """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
-    config, machine = model.config, bench.machine
-    passes, side = len(decoding_spans(config, config.num_tokens)), tokenizer.config.image_size
-    prepare_sampling(tokenizer, model, machine, config.compile)
-    for batch in batches:
-        torch.compiler.reset()                          # it gives up on a function that it has met in too many shapes
-        labels, seeds = torch.arange(batch) % config.num_classes, torch.arange(batch)
-        try:
-            with machine.autocast(), torch.no_grad():
-                codes = torch.randint(config.codebook_size, (batch, config.num_tokens), device=machine.device)
-                bench.run("sample: codes", batch, lambda y=labels, i=seeds: generate(model, y, **settings, seeds=i),
-                          passes * (weight_bytes(model) - weight_bytes(model.code_embed)), batch=batch, passes=passes)
-                bench.run("sample: pixels", batch, lambda z=codes: tokenizer.paint(z, side),
-                          weight_bytes(tokenizer.decoder), batch=batch, image_size=side)
-        except torch.OutOfMemoryError:
-            return bench.say(what="sample", batch=batch, failed="does not fit into the GPU's memory")
-
-def bench_training(bench, config):
-    """A step of each stage with random weights and data: with and without self-correction; and the extraction."""
-    machine, device = bench.machine, bench.machine.device
-    tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
-    tok_batch, ar_batch = config.tok_batch // machine.world, config.ar_batch // machine.world
-    images = torch.rand(tok_batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    keys = torch.arange(max(tok_batch, ar_batch), device=device)
-    noise = draw_noise(config, keys[:tok_batch], config.num_tokens)
-    codes = torch.randint(config.codebook_size, (ar_batch, config.num_tokens), device=device)
-    tokenizer_optimizers = Optimizers(tokenizer, config.optimizer, 0.0)
-    model_optimizers = Optimizers(model, config.optimizer, 0.0)
-    wrap(tokenizer, config, machine), wrap(model, config, machine)
-
-    def tokenizer_step(noise):
-        with machine.autocast():
-            out = tokenizer(images, config.num_tokens, *noise)
-            loss = F.mse_loss(out.pixels, images.repeat(len(out.pixels) // tok_batch, 1, 1, 1)) + out.code_loss
-        loss.backward()
-        tokenizer_optimizers.step(0.0)
-
-    def model_step():
-        with machine.autocast():
-            logits = model(codes[:, 0] % config.num_classes, codes, keys[:ar_batch])
-        F.cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
-        model_optimizers.step(0.0)
-
-    def extract():
-        with machine.autocast():
-            tokenizer.triples(images, keys[:tok_batch])
-
-    optimizer_bytes = 10 * weight_bytes(tokenizer), 10 * weight_bytes(model)    # weights, gradients, moments: both ways
-    for what, way in (("with", noise), ("without", (None, None))):
-        bench.run(f"train tokenizer, {what} self-correction", tok_batch, lambda way=way: tokenizer_step(way),
-                  optimizer_bytes[0], batch=tok_batch)
-    bench.run("train AR transformer", ar_batch, model_step, optimizer_bytes[1], batch=ar_batch)
-    bench.run("extract codes", tok_batch, extract, weight_bytes(tokenizer.encoder), batch=tok_batch)
 
 def random_models(config, machine):
     """A tokenizer and an AR transformer of the settings' sizes to time, without training or checkpoint."""
@@ -2657,14 +2451,61 @@ def random_models(config, machine):
     nn.init.normal_(model.output.weight, std=0.02)          # zero at first, which draws nothing but ties
     return tokenizer.requires_grad_(False), model.requires_grad_(False)
 
+def bench_sampling(machine, tokenizer, model, batches):
+    """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
+    bench, config, side = Bench(machine), model.config, tokenizer.config.image_size
+    passes = len(decoding_spans(config, config.num_tokens))
+    moved = passes * (weight_bytes(model) - weight_bytes(model.code_embed))
+    prepare_sampling(tokenizer, model, machine, config.compile)
+    for batch in batches:                               # up to the largest that fits
+        torch.compiler.reset()                          # it gives up on a function that it has met in too many shapes
+        draw = functools.partial(generate, model, torch.arange(batch) % config.num_classes, seeds=torch.arange(batch),
+                                 **sampling_settings(config))
+        with machine.autocast(), torch.no_grad():
+            paint = functools.partial(tokenizer.decode_vectors, tokenizer.quantizer.lookup(draw()), side)
+            if not (bench.run("sample: codes", batch, draw, moved, passes=passes)
+                    and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder), image_size=side)):
+                break
+
+def bench_training(machine, config):
+    """A step of each stage with random weights and data, the networks alone: with and without self-correction; and
+    the extraction of codes. An optimiser reads and writes weights, gradients and moments."""
+    bench, device, tokenizer, model = Bench(machine), machine.device, Tokenizer(config), ARTransformer(config)
+    tok_batch, ar_batch = config.tok_batch // machine.world, config.ar_batch // machine.world
+    images = torch.rand(tok_batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    keys = torch.arange(max(tok_batch, ar_batch), device=device)
+    codes = torch.zeros(ar_batch, config.num_tokens, dtype=torch.long, device=device)
+    noise = draw_noise(config, keys[:tok_batch], config.num_tokens)
+
+    def tokenizer_loss(run, *noise):
+        out = run(images, config.num_tokens, *noise)
+        return F.mse_loss(out.pixels, images.repeat(len(out.pixels) // tok_batch, 1, 1, 1)) + out.code_loss
+
+    def ar_loss(run):
+        return F.cross_entropy(run(codes[:, 0], codes, keys[:ar_batch]).flatten(0, 1), codes.flatten())
+
+    for what, batch, module, loss in (
+            ("train tokenizer, with self-correction", tok_batch, tokenizer, lambda run: tokenizer_loss(run, *noise)),
+            ("train tokenizer, without self-correction", tok_batch, tokenizer, tokenizer_loss),
+            ("train AR transformer", ar_batch, model, ar_loss)):
+        run, optimizers = wrap(module.to(device), config, machine), Optimizers(module, config.optimizer, 0.0)
+
+        def step(run=run, optimizers=optimizers, loss=loss):
+            with machine.autocast():
+                value = loss(run)
+            value.backward()
+            optimizers.step(0.0)
+
+        bench.run(what, batch, step, 10 * weight_bytes(module))
+    with machine.autocast():
+        bench.run("extract codes", tok_batch, lambda: tokenizer.triples(images, keys[:tok_batch]),
+                  weight_bytes(tokenizer.encoder))
+
 def benchmark(config, machine):
     """Time drawing, training and extraction, a JSON line for each."""
-    bench = Bench(machine)
-    tokenizer, model = random_models(config, machine)
-    batches = (1, 4, 16, 64, 256, 1024, 4096) if machine.device.type == "cuda" else (1, 4, config.eval_batch)
-    bench_sampling(bench, tokenizer, model, batches, **sampling_settings(config))       # up to the largest that fits
-    del tokenizer, model
-    bench_training(bench, config)
+    batches = [4**i for i in range(7)] if machine.device.type == "cuda" else (1, 4, config.eval_batch)
+    bench_sampling(machine, *random_models(config, machine), batches)
+    bench_training(machine, config)
 
 # == 20. Command line ==================================================================================================
 
@@ -2702,6 +2543,24 @@ def alone(folder, machine):
             raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
         yield
 
+def run_stages(config, stage):
+    """Do what was asked for. Raises Refused."""
+    machine = start_machine(config)
+    for name in ("inception", "reference"):
+        path = getattr(config, name)
+        require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
+    for batch in ("tok_batch", "ar_batch"):
+        parts, size = machine.world * config.accum, getattr(config, batch)
+        require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
+    if config.data in BUILT_IN:
+        config.num_classes = 10
+    elif stage != "bench":
+        config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
+    with alone(Path(config.out), machine):
+        stages = {"tokenizer": train_tokenizer, "ar": train_ar, "eval": evaluate, "bench": benchmark}
+        for name in ("tokenizer", "ar", "eval") if stage == "all" else (stage,):
+            stages[name](config, machine)
+
 def one_line(error):
     """What to tell of a user's mistake, a folder that can't be made, a full disk or memory. Raises all other errors."""
     lines = str(error).strip().splitlines() or ["out of memory"]
@@ -2709,49 +2568,40 @@ def one_line(error):
         raise error                         # a bug of ours: the traceback is wanted
     return lines[0] if isinstance(error, RuntimeError) else re.sub(r"^[\w.]*Refused: ", "", lines[-1])  # of a worker
 
-def main(argv=None):
-    """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+def guarded(program, job, after_all="the same command goes on from the last checkpoint"):
+    """Run a program's job() -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted; a line says why."""
     def terminate(number, frame):           # outside the training loops; they have a gentler way, see Progress
         raise Interrupted("terminated", number)
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, terminate)
     try:
-        config, stage, table = parse(sys.argv[1:] if argv is None else argv)
-        if table:
-            print("tokens n   R(n)  decoded at (pixels)")
-            for n in prefix_lengths(config):
-                print(f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}")
-            return 0
-        machine = start_machine(config)
-        for name in ("inception", "reference"):
-            path = getattr(config, name)
-            require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
-        for batch in ("tok_batch", "ar_batch"):
-            parts, size = machine.world * config.accum, getattr(config, batch)
-            require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
-        if config.data in BUILT_IN:
-            config.num_classes = 10
-        elif stage != "bench":
-            config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-        with alone(Path(config.out), machine):
-            for name, work in (("tokenizer", train_tokenizer), ("ar", train_ar), ("eval", evaluate),
-                               ("bench", benchmark)):
-                if stage == name or (stage == "all" and name != "bench"):
-                    work(config, machine)
+        job()
         return 0
     except (Refused, OSError, MemoryError, RuntimeError) as error:
-        print(f"detailflow: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: {one_line(error)}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as error:
         text, number = error.args or ("interrupted", signal.SIGINT)
-        print(f"\ndetailflow: {text}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{program}: {text}; {after_all}", file=sys.stderr)
         return 128 + number                 # as shells report it
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+def main(argv=None):
+    """Run the command line -> exit status, see guarded()."""
+    def job():
+        config, stage, table = parse(sys.argv[1:] if argv is None else argv)
+        if not table:
+            return run_stages(config, stage)
+        print("tokens n   R(n)  decoded at (pixels)")
+        for n in prefix_lengths(config):
+            print(f"{n:8d} {resolution(config, n):6d} {decoder_size(config, n):6d}")
+
+    return guarded("detailflow", job)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,6 @@
 """
 import argparse
 import dataclasses
-import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -80,9 +78,7 @@ def draw(args, tokenizer, model, machine, names, out):
     labels, since = torch.tensor(classes)[turn], time.time()
     config = dataclasses.replace(model.config, seed=args.seed, eval_batch=args.batch)
     if args.npz:
-        request = [vars(args), df.fingerprint(tokenizer), df.fingerprint(model)]
-        digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]
-        path = npz.with_suffix(f".{digest}.npy")     # goes on where a killed run was
+        path = npz.with_suffix(f".{df.short_hash(vars(args), tokenizer, model)}.npy")   # goes on where a killed run was
         drawn = df.draw_images(path, config, machine, tokenizer, model, labels, args.tokens)
         if machine.rank == 0:
             with df.written_whole(npz) as file:
@@ -108,43 +104,33 @@ def draw(args, tokenizer, model, machine, names, out):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
         print(f"{out / 'coarse_to_fine.png'}: the first {min(8, count)} from {df.strip_lengths(config)} tokens")
 
-def main(argv=None):
-    args = parse(argv)
-    try:
-        run = Path(args.run)
-        paths = args.tokenizer or run / "tokenizer.pt", args.ar or run / "ar.pt"
-        given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
-        machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
-        out = Path(args.out or ("samples" if args.tokenizer else run))
-        if args.bench:
-            df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
-            config = df.Config(**df.PRESETS[args.bench] | given)
-            models = df.random_models(config, machine)
-            df.bench_sampling(df.Bench(machine), *models, (1, 4, args.batch), **df.sampling_settings(config))
-            return 0
-        tokenizer, _ = df.load_model(paths[0], "tokenizer", machine.device, ema=not args.no_ema)
-        if args.image:
-            out.mkdir(parents=True, exist_ok=True)
-            rebuild(args, tokenizer, machine, out)
-            return 0
-        model, names = df.load_ar(paths[1], tokenizer, machine.device, ema=not args.no_ema)
-        model.config = dataclasses.replace(model.config, **given)
-        if args.bench is not None:
-            settings = df.sampling_settings(model.config)
-            df.bench_sampling(df.Bench(machine), tokenizer, model, (1, 4, args.batch), **settings)
-            return 0
+def work(args):
+    """Do what the command line asks for. Raises Refused."""
+    run = Path(args.run)
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
+    machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
+    out = Path(args.out or ("samples" if args.tokenizer else run))
+    if args.bench:
+        df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
+        tokenizer, model = df.random_models(df.Config(**df.PRESETS[args.bench] | given), machine)
+    else:
+        path = args.tokenizer or run / "tokenizer.pt"
+        tokenizer, _ = df.load_model(path, "tokenizer", machine.device, not args.no_ema)
+    if args.image:
         out.mkdir(parents=True, exist_ok=True)
-        draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
-        return 0
-    except (df.Refused, OSError, MemoryError, RuntimeError) as error:
-        print(f"sample.py: {df.one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsample.py: interrupted; with --npz the same command goes on from there", file=sys.stderr)
-        return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        return rebuild(args, tokenizer, machine, out)
+    if not args.bench:
+        model, names = df.load_ar(args.ar or run / "ar.pt", tokenizer, machine.device, not args.no_ema)
+        model.config = dataclasses.replace(model.config, **given)
+    if args.bench is not None:
+        return df.bench_sampling(machine, tokenizer, model, sorted({1, 4, args.batch}))
+    out.mkdir(parents=True, exist_ok=True)
+    draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
+
+def main(argv=None):
+    """Run the command line -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+    args = parse(argv)
+    return df.guarded("sample.py", lambda: work(args), "with --npz the same command goes on from there")
 
 if __name__ == "__main__":
     sys.exit(main())
