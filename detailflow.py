@@ -38,12 +38,12 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (15)
           what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
 
-Where the paper and the authors' code (ByteFlow-AI/DetailFlow) differ, the code wins: it made the published models.
-We leave it only here. Generation keeps a KV cache: the same codes, each position computed once. Patches are encoded
-once for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its own,
-not one a batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for long.
-The discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from scratch
-in minutes, use Muon, revive unused codes and start learned queries larger; the imagenet ones do none of the three.
+We follow the authors' code (ByteFlow-AI/DetailFlow) where it differs from the paper, as it made the published models,
+but for this (read it last). Generation keeps a KV cache: the same codes, each position computed once. Patches are
+encoded once for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its
+own, not one a batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for
+long. The discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from
+scratch in minutes, use Muon, revive unused codes and start queries larger; the imagenet ones do none of the three.
 """
 import argparse
 import contextlib
@@ -116,13 +116,14 @@ def blame(what, remedy=""):
 
 # Every random number of a run is a pure function of the seed, what it is for and which sample it is for; there is no
 # stream whose state would have to be kept. So a killed run goes on as if never stopped, two GPUs train like one, and
-# image i looks the same in a batch of 1 or of 64. (Only initial weights and the order of images come from torch's own
-# generators, seeded.) The function is the finaliser of splitmix64: a well mixing bijection of 64 bits.
+# image i looks the same in a batch of 1 or of 64: uniform(fold(root_key(seed, "codes"), i), 3) are three numbers for
+# sample i, an int64 tensor. (Only initial weights and the order of images come from torch's own generators, seeded.)
 
 GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 def mix(z):
-    """Scramble an int64 tensor element by element. (The masks make torch's signed shifts unsigned.)"""
+    """Scramble an int64 tensor element by element: the finaliser of splitmix64, a well mixing bijection of 64 bits.
+    (The masks make torch's signed shifts unsigned.)"""
     z = (z ^ ((z >> 30) & (2**34 - 1))) * MIX_1
     z = (z ^ ((z >> 27) & (2**37 - 1))) * MIX_2
     return z ^ ((z >> 31) & (2**33 - 1))
@@ -215,14 +216,14 @@ class Config:
     perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
-    disc_start: int = setting("tokenizer training", 40000, "step at which the adversarial loss starts")
+    disc_start: int = setting("tokenizer training", 1250, "step at which the adversarial loss starts")
     gpt: str = setting("AR transformer", "", "B, L or XL set width, depth and heads", one_of=("", "B", "L", "XL"))
     ar_width: int = setting("AR transformer", 160, "width", 1, 16384)
     ar_depth: int = setting("AR transformer", 4, "layers", 1, 256)
     ar_heads: int = setting("AR transformer", 4, "attention heads", 1, 256)
     ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256", 0, 65536)
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
-    class_dropout: float = setting("AR transformer", 0.1, "share of labels hidden, for guidance", high=1)
+    class_dropout: float = setting("AR transformer", 0.1, "share of labels made the null class, for guidance", high=1)
     ar_steps: int = setting("AR training", 1000, "optimiser steps", 1)
     ar_batch: int = setting("AR training", 64, "sequences per step, over all processes", 1)
     ar_lr: float = setting("AR training", 1e-3, "peak learning rate", high=1)
@@ -279,7 +280,7 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "dec_width": 768, "dec_depth": 12, "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256,
     "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0, "revive_every": 0, "init_std": 0.02, "optimizer": "adamw",
     "enc_init": "siglip2", "align_weight": 1.0, "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2,
-    "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
+    "disc_start": 40000, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
     "ar_steps": 300 * EPOCH, "ar_batch": 256, "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999,
     "compile": True, "workers": 12, "save_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
 PRESETS = {
@@ -296,7 +297,7 @@ PRESETS = {
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
 }
 
-# == 3. Resolution mapping: how many pixels n tokens are worth (paper, Section 3.2) ====================================
+# == 3. Resolution mapping: the side of the image that n tokens are worth (paper, Section 3.2) =========================
 
 def prefix_lengths(config):
     """The token counts that can be decoded: 1, 2, ..., c (drawn one by one), then whole groups up to N."""
@@ -347,8 +348,8 @@ def degrade(images, config, n):
 def group_causal_mask(length, causal_num, group_size):
     """(T, T) bool: row i says which positions j position i may attend to.
 
-    The first c positions see those before them and themselves; a later one sees everything up to the end of its own
-    group, so that a group can be computed at once. For T = 6, c = 2, G = 2:
+    The first c positions, a multiple of G, see those before them and themselves; a later one sees everything up to
+    the end of its own group, so that a group can be computed at once. For T = 6, c = 2, G = 2:
 
         0 | 1 . . . . .     the first c = 2: one by one
         1 | 1 1 . . . .
@@ -401,8 +402,8 @@ def unpatchify(x, p):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 class ViT(nn.Module):
-    """Layers, a final norm, a table of learned positions for grid x grid patches and, with a patch side p, their
-    embedding: the decoder starts from mask tokens in place of patches."""
+    """Layers, a final norm and a grid x grid table of positions; with a patch side p also an embedding of patches,
+    which a decoder does not need."""
     def __init__(self, width, depth, heads, mlp, grid, init_std, p=None):
         super().__init__()
         self.grid, self.p = grid, p
@@ -437,12 +438,13 @@ class Quantized(NamedTuple):
     vectors: torch.Tensor   # (B, T, C) codebook rows of unit length; their gradient goes straight to the latents
     codes: torch.Tensor     # (B, T) int64
     latents: torch.Tensor   # (B, T, C) what was quantised, at unit length
-    error: torch.Tensor     # (B, T) codebook loss + beta * commitment loss
+    error: torch.Tensor     # (B, T) codebook loss + beta * commitment loss, |e - z|^2 / C each
 
 class Quantizer(nn.Module):
-    """l2-normalised latents against l2-normalised codebook rows: all of V codes stay within reach."""
-
-    WINDOW = 65536          # codes over which usage and perplexity are measured
+    """A latent becomes the nearest of V codebook rows, all at unit length. A choice has no gradient: the row takes the
+    latent's ("straight through"), and the error draws the row to the latent (codebook loss) and, weighted by beta, the
+    latent to the row (commitment loss)."""
+    WINDOW = 65536          # so many of the last codes are counted
     AT_ONCE = 2**24         # cosines in memory at a time (64 MB): all of a large batch with 8,192 codes would be a GB
 
     def __init__(self, codebook_size, code_dim, commit_weight):
@@ -526,9 +528,9 @@ def draw_prefix(config, key):
     return side, count, n if n <= c else math.ceil(n / G) * G
 
 def draw_noise(config, keys, prefix):
-    """Where and how each image is spoilt: keys (B,) -> start (B,), ranks (B, G), both int64; None, None: not at all.
-    Never in the last parallel group of the prefix, which nothing follows that could repair it, nor in a prefix of one
-    token. As in the authors' code the last token may be spoilt of a prefix that ends within the first c."""
+    """In every batch one group of each image is spoilt, or one of the first c tokens: keys (B,) -> its start (B,),
+    ranks (B, G) as in Tokenizer.correct; None, None: nothing. Never the last parallel group of the prefix, which
+    nothing later could repair. (Within the first c even the last token, as in the authors' code.)"""
     G, c = config.group_size, config.causal_num
     span = prefix if prefix <= c else prefix - G
     if not config.correction or prefix == 1 or span == 0:
@@ -562,7 +564,7 @@ class Tokenizer(nn.Module):
         mask = group_causal_mask(N, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
 
-    # -- Encoder. Patches never see queries: their side of every layer is computed once, kept, and used twice. --
+    # -- Encoder. Patches never look at queries: what they are in each layer serves both passes of self-correction --
 
     def encode_patches(self, images):
         """(B, 3, H, W) in [-1, 1] -> keys and values of the patches in each layer: all that queries read."""
@@ -606,10 +608,9 @@ class Tokenizer(nn.Module):
         end = start + torch.where(start < c, 1, G)
         noisy, redone = (position >= start) & (position < end), position >= end                 # (B, N) each
 
-        spots = (start + torch.arange(G, device=start.device)).clamp(max=N - 1)                 # (B, G)
-        near = self.quantizer.nearest(clean.latents.take_along_dim(spots[..., None], 1), self.config.noise_topk)
-        spoilt = near.take_along_dim(ranks[..., None], 2)[..., 0]                               # (B, G)
-        codes = torch.where(noisy, spoilt.gather(1, (position - start).clamp(0, G - 1)), clean.codes)
+        near = self.quantizer.nearest(clean.latents, self.config.noise_topk)                    # (B, N, noise_topk)
+        rank = ranks.gather(1, (position - start).clamp(0, G - 1))                              # (B, N)
+        codes = torch.where(noisy, near.take_along_dim(rank[..., None], 2)[..., 0], clean.codes)
 
         given = self.quantizer.lookup(codes).detach()                                           # (B, N, C), no gradient
         again = self.quantizer(self.encode_queries(
@@ -622,7 +623,8 @@ class Tokenizer(nn.Module):
     # -- Decoder --
 
     def decode_vectors(self, vectors, size):
-        """Mask tokens read code vectors (B, n, C) -> pixels (B, 3, size, size), nominally in [-1, 1]."""
+        """A canvas of equal learned tokens with positions, and vectors (B, n, C) of codes: all see all, and what the
+        canvas becomes are patches -> pixels (B, 3, size, size), nominally in [-1, 1]."""
         n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
         x = torch.cat([canvas, self.code_embed(vectors) + self.code_positions[:, :n]], dim=1)   # (B, side^2 + n, E)
@@ -743,14 +745,14 @@ class PatchDiscriminator(Discriminator):
 # settles the layout, is drawn one by one, and later groups have learned to make up for errors (self-correction).
 
 def rotary_table(config):
-    """(cos, sin) of each position, (N, D/h/2, 2): half of the pairs turn with the group, half with the place in it.
-    Position p >= 1 counts as group (p - 1) // G, place (p - 1) % G (the mask groups by p // G: one off, as in the
-    authors' code). Row 0, the class, is all zero, not (1, 0): its query and key vanish in every layer, so that every
-    position reads it with attention logit 0."""
+    """Rotary positions in two dimensions: (cos, sin), (N, D/h/2, 2), half of the pairs turning with the group, half
+    with the place in it. Position i + 1 has group i // G, place i % G (the mask groups it by (i + 1) // G: one off, as
+    in the authors' code). Row 0, the class, is all zero, not (1, 0): its query and key vanish in every layer, so that
+    every position reads it with attention logit 0."""
     quarter = config.ar_width // config.ar_heads // 4
     frequency = 10000.0 ** -(torch.arange(quarter) / quarter)
-    p = torch.arange(config.num_tokens - 1)[:, None]
-    angle = torch.cat([p // config.group_size * frequency, p % config.group_size * frequency], dim=1)
+    i = torch.arange(config.num_tokens - 1)[:, None]
+    angle = torch.cat([i // config.group_size * frequency, i % config.group_size * frequency], dim=1)
     return F.pad(torch.stack([angle.cos(), angle.sin()], dim=-1), (0, 0, 0, 0, 1, 0))
 
 def rotate(x, table):
@@ -802,16 +804,12 @@ class ARTransformer(nn.Module):
         mask = group_causal_mask(config.num_tokens, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
 
-    def embed(self, labels, codes, start=0):
-        """Inputs of the positions from `start` on, given k codes: labels (B,), codes (B, k) -> (B, T, D).
-        The layout above: class, codes 0..c-1, G - 1 specials, codes c, c + 1, ...; specials only once k >= c."""
-        c, G, k = self.config.causal_num, self.config.group_size, codes.shape[1]
-        parts = [self.class_embed(labels)[:, None]] if start == 0 else []
-        parts.append(self.code_embed(codes[:, max(start - 1, 0):c]))        # position p <= c is given code p - 1
-        if k >= c and start <= c:
-            parts.append(self.specials.expand(len(codes), -1, -1))
-        if k > c:
-            parts.append(self.code_embed(codes[:, max(start - G, c):]))     # position p >= c + G: code p - G
+    def embed(self, labels, codes):
+        """The inputs drawn above, as far as k codes go: labels (B,), codes (B, k) -> (B, T, D); specials if k >= c."""
+        c = self.config.causal_num
+        parts = [self.class_embed(labels)[:, None], self.code_embed(codes[:, :c])]
+        if codes.shape[1] >= c:
+            parts += [self.specials.expand(len(codes), -1, -1), self.code_embed(codes[:, c:])]
         return torch.cat(parts, dim=1)
 
     def run(self, x, keys=None):
@@ -831,8 +829,8 @@ class ARTransformer(nn.Module):
         return self.output(self.norm(x)).float()
 
     def new_cache(self, batch):
-        """Room for keys and values of all positions, for each layer (2, B, h, N, D/h): where it was the last time, as
-        graphs want it. What an earlier batch left behind, the mask hides."""
+        """The cache of keys and values, for each layer (2, B, h, N, D/h): the same memory again where it fits, as CUDA
+        graphs want; the mask hides what an earlier batch left there."""
         like, c = self.output.weight, self.config
         shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
         if self.cache[0] is None or (self.cache[0].shape, self.cache[0].dtype) != (shape, like.dtype):
@@ -855,7 +853,7 @@ class ARTransformer(nn.Module):
         x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
         return self.run(x, keys=keys)
 
-# == 10. Generation: G + N/G - 1 passes, each over its new positions only ==============================================
+# == 10. Generation: c + (N - c)/G passes (for c = G: G + N/G - 1), each over its new positions only ===================
 
 def decoding_spans(config, num_tokens):
     """The positions of each pass, [(0, 1), ..., (c - 1, c), (c, c + G), (c + G, c + 2G), ...], up to num_tokens."""
@@ -863,9 +861,9 @@ def decoding_spans(config, num_tokens):
     return [(i, i + 1) for i in range(min(c, num_tokens))] + [(i, i + G) for i in range(c, num_tokens, G)]
 
 def guidance_scale(config, start, guidance, schedule):
-    """The scale for the codes of the pass that begins at position `start`.
-    constant: the same for all. linear, the authors' "gradual": full for the first c codes, then for group i of
-    K = N/G: guidance * (K - i + 1) / (K + 1)."""
+    """Classifier-free guidance goes from the logits without the class to those with it, and beyond: this far, in the
+    pass that begins at position `start`. constant: the same for all. linear, the authors' "gradual": full for the
+    first c codes, then for group i of K = N/G: guidance * (K - i + 1) / (K + 1)."""
     if schedule == "constant" or start < config.causal_num:
         return guidance
     K = config.num_tokens // config.group_size
@@ -916,11 +914,11 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     codes = labels.new_zeros(len(labels), num_tokens, dtype=torch.int64)
     cache = None if slow else model.new_cache(len(labels))
     for start, end in decoding_spans(config, num_tokens):
+        x = model.embed(labels, codes[:, :start])                                               # (2B, end, D)
         if slow:
-            logits = model.run(model.embed(labels, codes[:, :start]))[:, start:]                # (2B, end - start, V)
+            logits = model.run(x)[:, start:]                                                    # (2B, end - start, V)
         else:
-            inputs = model.embed(labels, codes[:, :start], start)                               # (2B, end - start, D)
-            logits = model.step(inputs, torch.arange(start, end, device=device), cache)
+            logits = model.step(x[:, start:].contiguous(), torch.arange(start, end, device=device), cache)
         if guided:
             conditional, free = logits.chunk(2)
             logits = free + (conditional - free) * guidance_scale(config, start, guidance, schedule)

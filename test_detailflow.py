@@ -118,7 +118,7 @@ def test_what_the_head_says_to_find_is_where_it_says():
     assert re.findall(r"\b\d+(?= [a-zA-Z])", contents.replace("SigLIP 2", "")) == [
         str(i) for i in range(1, len(sections))
     ]
-    found = re.findall(r"([\w.]+)(?:, (\w+))? \((\d+)\)", head[head.index("Find") : head.index("Where the paper")])
+    found = re.findall(r"([\w.]+)(?:, (\w+))? \((\d+)\)", head[head.index("Find") : head.index("We follow")])
     assert len(found) > 10
     for *names, section in found:
         for name in filter(None, names):
