@@ -39,11 +39,13 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
 
 We follow the authors' code (ByteFlow-AI/DetailFlow) where it differs from the paper, as it made the published models,
-but for this (read it last). Generation keeps a KV cache: the same codes, each position computed once. Patches are
-encoded once for both passes of self-correction, as they never see what differs. Each image has a spoilt group of its
-own, not one a batch: so GPUs can share a batch. Averaged weights warm up, or they would keep the random start for
-long. The discriminator first sees images when its loss starts: nobody asks it before. Small presets, trained from
-scratch in minutes, use Muon, revive unused codes and start queries larger; the imagenet ones do none of the three.
+but for this (read it last). For speed: generation keeps a KV cache, and both passes of self-correction use the same
+patches. So that any number of GPUs trains alike: an image, and each of its ten crops, has a spoilt group and dropout of
+its own; a step decodes one prefix, on all GPUs; LeCam's means are everybody's, and saved. For safety: codes are chosen
+in float32; steps that are not finite are skipped; averaged weights warm up, or they would keep the random start for
+long; the discriminator first sees images when its loss starts. Evaluation: classes are balanced, unless random ones
+are asked for, and reconstructions too are judged by the Inception of 2015. Small presets, trained from scratch in
+minutes, use Muon, revive unused codes and start queries larger; the imagenet ones do none of the three.
 """
 import argparse
 import contextlib
@@ -208,7 +210,7 @@ class Config:
     dynamic_prob: float = setting("tokenizer training", 0.0, "dynamic resolution: share of batches shrunk", high=1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
     revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes; 0: never")
-    init_std: float = setting("tokenizer training", 0.3, "scale at which learned queries and positions start")
+    init_std: float = setting("tokenizer training", 0.3, "scale at which queries and positions start; 0: the authors'")
     enc_init: str = setting("tokenizer training", "random", "encoder starts from", one_of=("random", "siglip2"))
     align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
     align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1, 65536)
@@ -278,7 +280,7 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "data": "imagenet", "image_size": 256, "num_classes": 1000, "group_size": 8, "patch_size": 16,
     "codebook_size": 8192, "enc_width": 1152, "enc_depth": 12, "enc_heads": 16, "enc_mlp": 4304,
     "dec_width": 768, "dec_depth": 12, "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256,
-    "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0, "revive_every": 0, "init_std": 0.02, "optimizer": "adamw",
+    "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0, "revive_every": 0, "init_std": 0.0, "optimizer": "adamw",
     "enc_init": "siglip2", "align_weight": 1.0, "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2,
     "disc_start": 40000, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
     "ar_steps": 300 * EPOCH, "ar_batch": 256, "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999,
@@ -460,13 +462,15 @@ class Quantizer(nn.Module):
     def nearest(self, latents, k):
         """The k nearest codes of unit vectors (..., C), nearest first: (..., k).
         On the sphere |z - e|^2 = 2 - 2 z.e: the nearest code has the largest cosine."""
-        codebook = F.normalize(self.codebook, dim=-1).T                                         # (C, V)
-        parts = latents.flatten(0, -2).split(max(1, self.AT_ONCE // codebook.shape[1]))
-        found = [(z @ codebook).argmax(-1, keepdim=True) if k == 1 else (z @ codebook).topk(k).indices for z in parts]
+        found, codebook = [], F.normalize(self.codebook, dim=-1).T                              # (C, V)
+        with torch.autocast(latents.device.type, enabled=False):    # bfloat16 would decide near ties at random
+            for part in latents.flatten(0, -2).split(max(1, self.AT_ONCE // codebook.shape[1])):
+                cosine = part @ codebook                                                        # (rows, V)
+                found.append(cosine.argmax(-1, keepdim=True) if k == 1 else cosine.topk(k).indices)
         return torch.cat(found).unflatten(0, latents.shape[:-1])
 
     def forward(self, latents):
-        """(B, T, C) -> Quantized. In float32 also under autocast: bfloat16 would decide near ties at random."""
+        """(B, T, C) -> Quantized, in float32 also under autocast."""
         with torch.autocast(latents.device.type, enabled=False):
             z = F.normalize(latents.float(), dim=-1)
             codes = self.nearest(z, 1)[..., 0]
@@ -544,9 +548,10 @@ class Tokenizer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        N, C, D, E, std = config.num_tokens, config.code_dim, config.enc_width, config.dec_width, config.init_std
-        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.enc_grid, std,
-                           config.patch_size)
+        N, C, D, E = config.num_tokens, config.code_dim, config.enc_width, config.dec_width
+        std = config.init_std or 0.02
+        self.encoder = ViT(D, config.enc_depth, config.enc_heads, config.enc_mlp, config.enc_grid,
+                           config.init_std or D**-0.5, config.patch_size)
         self.queries = nn.Parameter(std * torch.randn(1, N, D))           # query i asks the image for token i;
         self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
         self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
@@ -556,7 +561,8 @@ class Tokenizer(nn.Module):
         self.code_embed = nn.Linear(C, E)
         self.code_positions = nn.Parameter(std * torch.randn(1, N, E))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
-        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid, std)
+        self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid,
+                           config.init_std or E**-0.5)
         self.to_pixels = nn.Linear(E, 3 * config.dec_patch_size**2)
         if config.align_weight:             # what SigLIP 2 sees in the image, guessed from the first token
             A, T = config.align_width, config.teacher_width
@@ -833,7 +839,8 @@ class ARTransformer(nn.Module):
         graphs want; the mask hides what an earlier batch left there."""
         like, c = self.output.weight, self.config
         shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
-        if self.cache[0] is None or (self.cache[0].shape, self.cache[0].dtype) != (shape, like.dtype):
+        old = self.cache[0]
+        if old is None or (old.shape, old.dtype, old.device) != (shape, like.dtype, like.device):
             self.cache = [like.new_zeros(shape) for _ in self.blocks]
             for layer in self.cache:
                 torch._dynamo.mark_static_address(layer)
