@@ -1009,28 +1009,22 @@ DINO_NAMES = [
 def fill(module, path, tensors, names, ignore="$"):
     """Give a module, frozen and for evaluation, a file's tensors. What begins there with the pattern `ignore` is left
     alone on both sides. Raises Refused, which says what is missing, misshapen or left over in the file."""
-    own, theirs = module.state_dict(), {}
-    for name in own:
-        other = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
-        if not re.match(ignore, other):
-            theirs[name] = [other.replace("*", letter) for letter in ("qkv" if "*" in other else "-")]
-    wanted = {other: part.shape for name, others in theirs.items()
-              for other, part in zip(others, own[name].chunk(len(others)), strict=True)}
-    found = {other: getattr(t, "shape", ()) for other, t in tensors.items() if not re.match(ignore, other)}
-    faults = [f"{other} is {tuple(found[other]) if other in found else 'missing'}, "
-              f"not {tuple(wanted[other]) if other in wanted else 'expected'}"
-              for other in wanted | found if wanted.get(other) != found.get(other)]
+    parts = {}
+    for name, own in module.state_dict().items():
+        theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
+        letters = "qkv" if "*" in theirs else "-"
+        parts |= zip([theirs.replace("*", letter) for letter in letters], own.chunk(len(letters)), strict=True)
+    found, wanted = ({name: tuple(getattr(t, "shape", ())) for name, t in side.items() if not re.match(ignore, name)}
+                     for side in (tensors, parts))
+    faults = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+              for name in wanted | found if wanted.get(name) != found.get(name)]
     require(not faults, f"{path} must fit a {type(module).__name__}", "; ".join(faults[:8]))
-    state = {name: torch.cat([tensors[other] for other in others]).to(own[name].dtype)
-             for name, others in theirs.items()}
-    module.load_state_dict(state, strict=False, assign=True)
+    for name in wanted:
+        parts[name].copy_(tensors[name])
     return module.eval().requires_grad_(False)
 
 class Inert:
     """Stands for the classes and functions that a foreign file names: made from anything, does nothing."""
-    def __new__(cls, *args):
-        return super().__new__(cls)
-
     __init__ = __setstate__ = lambda *args: None
 
 def read_foreign(path):
@@ -1064,11 +1058,11 @@ def read_safetensors(path, prefix=""):
 # -- The authors' checkpoints --
 
 def tower_sizes(tensors, stem=""):
-    """Width, layers, MLP width and grid of the SigLIP 2 tower whose tensors' names begin with `stem`."""
+    """What the tensors of the SigLIP 2 tower whose names begin with `stem` say of it."""
     patches, width = tensors[f"{stem}embeddings.position_embedding.weight"].shape
     hidden = [len(bias) for name, bias in tensors.items()
               if name.startswith(f"{stem}encoder.layers.") and name.endswith(".fc1.bias")]
-    return width, len(hidden), hidden[0], math.isqrt(patches)
+    return {"width": width, "depth": len(hidden), "mlp": hidden[0], "grid": math.isqrt(patches)}
 
 def official_config(about, alpha, tensors):
     """Config of one of their models, from its config.json (about) and its tensors."""
@@ -1088,11 +1082,10 @@ def official_config(about, alpha, tensors):
                  "commit_weight": "commit_loss_beta"}
         settings |= {"alpha": alpha, "correction": "refine_conv.weight" in tensors}
         for side, ours in (("encoder", "enc"), ("decoder", "dec")):
-            width, depth, mlp, grid = tower_sizes(tensors, f"{side}.visual_model.")
-            heads = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(width)    # they show in no tensor
-            require(heads, f"{side}_heads must be given in config.json where the {side} is {width} wide", "none")
-            settings |= {f"{ours}_width": width, f"{ours}_depth": depth, f"{ours}_heads": heads, f"{ours}_mlp": mlp,
-                         f"{ours}_grid": grid}
+            sizes = tower_sizes(tensors, f"{side}.visual_model.")
+            sizes["heads"] = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(sizes["width"])  # in no tensor
+            require(sizes["heads"], f"config.json must name {side}_heads where the width is {sizes['width']}", "none")
+            settings |= {f"{ours}_{name}": size for name, size in sizes.items()}
         if "global_token_proj.4.weight" in tensors:
             settings["teacher_width"], settings["align_width"] = tensors["global_token_proj.4.weight"].shape
             settings["align_weight"] = about.get("global_token_loss_weight") or 1.0
@@ -1126,11 +1119,11 @@ def siglip_tower(path, layers, heads=16):
     layer goes after these, as the authors do. Raises Refused."""
     tensors = read_safetensors(path, "vision_model.")
     with blame(f"{path} does not hold SigLIP 2"), torch.device("meta"):     # drawing random numbers would be in vain
-        width, depth, mlp, grid = tower_sizes(tensors)
+        width, depth, mlp, grid = tower_sizes(tensors).values()
         p = math.isqrt(tensors["embeddings.patch_embedding.weight"].shape[1] // 3)
         tower = ViT(width, layers, heads, mlp, grid, 0.0, p)
     rest = "|".join(map(str, range(layers, depth)))
-    return fill(tower, path, tensors, SIGLIP_NAMES, rf"head\.|encoder\.layers\.({rest})\.")
+    return fill(tower.to_empty(device="cpu"), path, tensors, SIGLIP_NAMES, rf"head\.|encoder\.layers\.({rest})\.")
 
 def alignment_loss(guess, tower, images):
     """Minus the mean cosine of what the first token says (B, D) and the mean feature of the image in the whole frozen
@@ -1155,8 +1148,8 @@ class LPIPS(nn.Module):
         """Paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
         super().__init__()
         with torch.device("meta"):
-            features = torchvision.models.vgg16().features
-            self.weights = nn.ParameterList(torch.empty(1, width, 1, 1) for width in self.WIDTHS)
+            features = torchvision.models.vgg16().features.to_empty(device="cpu")
+        self.weights = nn.ParameterList(torch.empty(1, width, 1, 1) for width in self.WIDTHS)
         fill(features, vgg, read_foreign(vgg), [("^", "features.")], r"classifier\.")
         fill(self.weights, linear, read_foreign(linear), [(r"^(\d)$", r"lin\1.model.1.weight")])
         self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
@@ -1193,11 +1186,10 @@ def diff_augment(images, key, weak):
     images = torch.where(use[0], mean + (x - mean) * (u[2] + 0.5), images)              # contrast
 
     most = int(S / 8 + 0.5)
-    down, right = (u[3:5] * (2 * most + 1)).long() - most                               # (B, 1, 1, 1)
-    y, x = rows + down, columns + right                                                 # read from there
-    inside = (y >= 0) & (y < S) & (x >= 0) & (x < S)                                    # (B, 1, S, S)
-    moved = images.take_along_dim(y.clamp(0, S - 1), 2).take_along_dim(x.clamp(0, S - 1), 3)
-    images = torch.where(use[1], moved * inside, images)
+    down, right = (u[3:5] * (2 * most + 1)).long()                                      # (B, 1, 1, 1)
+    wider = F.pad(images, [most] * 4)
+    moved = wider.take_along_dim(rows + down, 2).take_along_dim(columns + right, 3)     # (B, 3, S, S)
+    images = torch.where(use[1], moved, images)
 
     side = int(S * (0.2 if weak else 0.5) + 0.5)
     top, left = (u[5:7] * (S + 1 - side % 2)).long() - side // 2                        # may stick out
