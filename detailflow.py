@@ -1014,8 +1014,8 @@ def fill(module, path, tensors, names, ignore="$"):
         theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
         letters = "qkv" if "*" in theirs else "-"
         parts |= zip([theirs.replace("*", letter) for letter in letters], own.chunk(len(letters)), strict=True)
-    found, wanted = ({name: tuple(getattr(t, "shape", ())) for name, t in side.items() if not re.match(ignore, name)}
-                     for side in (tensors, parts))
+    found, wanted = ({name: tuple(getattr(t, "shape", ())) for name, t in side.items()
+                      if not re.match(ignore, str(name))} for side in (tensors, parts))
     faults = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
               for name in wanted | found if wanted.get(name) != found.get(name)]
     require(not faults, f"{path} must fit a {type(module).__name__}", "; ".join(faults[:8]))
@@ -1139,13 +1139,12 @@ def standardise(images):
 # -- LPIPS: the perceptual loss --
 
 class LPIPS(nn.Module):
-    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924)."""
-
+    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924). From the
+    paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
     CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)  # up to relu1_2, 2_2, 3_3, 4_3, 5_3
     RAMP = 10000                                                    # steps of training over which its weight grows
 
     def __init__(self, vgg, linear):
-        """Paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
         super().__init__()
         with torch.device("meta"):
             features = torchvision.models.vgg16().features.to_empty(device="cpu")
@@ -1156,8 +1155,7 @@ class LPIPS(nn.Module):
 
     def features(self, images):
         """Yields the five stages' outputs at unit length. Poolings need 32 pixels: smaller is enlarged."""
-        x = images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear")
-        x = standardise(x)
+        x = standardise(images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear"))
         for stage in self.stages:
             x = stage(x)
             yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
@@ -2133,9 +2131,9 @@ def tf_resize(images, size=299):
     return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
 
 class InceptionV3(nn.Module):
-    """The network of FID: torchvision's Inception v3 with the weights of 2015 and the pooling they came with."""
+    """The network of FID: torchvision's Inception v3 with the weights of 2015, the file WEIGHTS[INCEPTION], and the
+    pooling they came with. Raises Refused when it is another."""
     def __init__(self, weights):
-        """weights: the published file, WEIGHTS[INCEPTION]. Raises Refused when it is another."""
         super().__init__()
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
         with blame(f"{weights} does not hold FID's Inception", f": get {WEIGHTS[INCEPTION][0]}"):
