@@ -57,16 +57,13 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import signal
 import sys
 import time
-import types
 import urllib.request
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -971,10 +968,10 @@ def published(name, folder=""):
     whole and its hash is right. Raises Refused, which says where to put it by hand."""
     require(name in WEIGHTS, f"published files are {', '.join(WEIGHTS)}", repr(name))
     (url, sha256), path, digest = WEIGHTS[name], Path(folder or CACHE) / name, hashlib.sha256()
-    aside, request = path.with_name(f"{name}.{os.getpid()}.tmp"), urllib.request.Request(url)
-    request.add_header("User-Agent", "detailflow")
     if path.exists():
         return path
+    aside = path.with_name(f"{name}.{os.getpid()}.tmp")
+    request = urllib.request.Request(url, headers={"User-Agent": "detailflow"})
     with blame(f"{url} can't be downloaded", f": put it at {path}, or name a folder that has it: --weights FOLDER"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -1014,55 +1011,36 @@ DINO_NAMES = [
     (r"^patch_embed\.", "patch_embed.proj."), (r"^class_token$", "cls_token"), (r"^positions$", "pos_embed"),
     (r"\bqkv\.", "attn.qkv."), (r"\bout\.", "attn.proj."), (r"\bfc([12])\.", r"mlp.fc\1.")]
 
-def translate(path, tensors, like, names):
-    """A state dict like `like`, which has our names and the right shapes, from a file's tensors by its names.
-    Raises Refused, which says what is missing, misshapen or left over in the file."""
-    state, faults, unknown = {}, [], dict.fromkeys(tensors)
-    for name, wanted in like.items():
+def fill(module, path, tensors, names, ignore="$"):
+    """Give a module, frozen and for evaluation, a file's tensors. What begins there with the pattern `ignore` is left
+    alone on both sides. Raises Refused, which says what is missing, misshapen or left over in the file."""
+    parts = {}
+    for name, own in module.state_dict().items():
         theirs = functools.reduce(lambda text, pair: re.sub(*pair, text), names, name)
-        parts = [theirs.replace("*", letter) for letter in "qkv"] if "*" in theirs else [theirs]
-        for other, part in zip(parts, wanted.chunk(len(parts)), strict=True):
-            unknown.pop(other, None)
-            shape = tuple(getattr(tensors.get(other), "shape", ()))
-            if other not in tensors or shape != part.shape:
-                faults.append(f"{other} is " + (f"{shape}, not {tuple(part.shape)}" if other in tensors else "missing"))
-        if not faults:
-            state[name] = torch.cat([tensors[other] for other in parts])
-    faults += [f"{other} is unknown" for other in unknown]
-    if faults:
-        raise Refused(f"{path} does not fit: {'; '.join(faults[:8])}{'; ...' if len(faults) > 8 else ''}")
-    return state
+        letters = "qkv" if "*" in theirs else "-"
+        parts |= zip([theirs.replace("*", letter) for letter in letters], own.chunk(len(letters)), strict=True)
+    found, wanted = ({name: tuple(getattr(t, "shape", ())) for name, t in side.items()
+                      if not re.match(ignore, str(name))} for side in (tensors, parts))
+    faults = [f"{name} is {found.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+              for name in wanted | found if wanted.get(name) != found.get(name)]
+    require(not faults, f"{path} must fit a {type(module).__name__}", "; ".join(faults[:8]))
+    for name in wanted:
+        parts[name].copy_(tensors[name])
+    return module.eval().requires_grad_(False)
 
 class Inert:
-    """Stands for the classes and functions that a foreign file names: accepts whatever unpickling does."""
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = lambda *args, **kwargs: None
-
-KNOWN = {("collections", "OrderedDict"): OrderedDict, ("__builtin__", "set"): set, ("builtins", "set"): set,
-         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-         ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter}
-
-class InertUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers; all else that a pickle would make, or run, becomes Inert."""
-    def find_class(self, module, name):
-        known = KNOWN.get((module, name), Inert)
-        # A pickle can set attributes of a function that it is given: let that be a new one, not torch's own.
-        return known if isinstance(known, type) else lambda *args: known(*args)
+    """Stands for the classes and functions that a foreign file names: made from anything, does nothing."""
+    __init__ = __setstate__ = lambda *args: None
 
 def read_foreign(path):
-    """The dict in a torch.save file that weights_only=True may refuse; nothing in it is run. Raises Refused.
-    Its tensors are memory-mapped where the format allows it: copy what is to outlive the file."""
-    inert = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
-                                  load=lambda file, **options: InertUnpickler(file, **options).load())
+    """The dict in a torch.save file, all that is no tensor or plain container Inert; nothing in it is run. Raises
+    Refused. Its tensors are memory-mapped where the format allows it: copy what is to outlive the file."""
     with blame(f"{path} is not a file of weights"):
-        archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        if any(name.endswith("constants.pkl") for name in archive):
-            raise TypeError("TorchScript, which torch.load would compile")
-        state = torch.load(path, "cpu", inert, weights_only=False, mmap=bool(archive))
-        if not isinstance(state, dict):
-            raise TypeError("no dict of tensors")
+        archive = zipfile.is_zipfile(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
+        with torch.serialization.safe_globals([(Inert, name) for name in named]):
+            state = torch.load(path, "cpu", weights_only=True, mmap=archive)
+        require(isinstance(state, dict), "it must hold a dict of tensors", type(state).__name__)
         return state
 
 def read_safetensors(path, prefix=""):
@@ -1084,44 +1062,39 @@ def read_safetensors(path, prefix=""):
 
 # -- The authors' checkpoints --
 
-def tower_sizes(tensors, side, stem=""):
-    """The settings that the tensors of a SigLIP 2 tower at `stem` tell, for our `side`: enc or dec."""
-    layers = re.findall(rf"^{re.escape(stem)}encoder\.layers\.(\d+)\.", "\n".join(tensors), re.MULTILINE)
-    table = tensors[f"{stem}embeddings.position_embedding.weight"]
-    hidden = len(tensors[f"{stem}encoder.layers.0.mlp.fc1.bias"])
-    return {f"{side}_width": table.shape[1], f"{side}_depth": 1 + max(map(int, layers), default=-1),
-            f"{side}_mlp": hidden, f"{side}_grid": math.isqrt(len(table))}
+def tower_sizes(tensors, stem=""):
+    """What the tensors of the SigLIP 2 tower whose names begin with `stem` say of it."""
+    patches, width = tensors[f"{stem}embeddings.position_embedding.weight"].shape
+    hidden = [len(bias) for name, bias in tensors.items()
+              if name.startswith(f"{stem}encoder.layers.") and name.endswith(".fc1.bias")]
+    return {"width": width, "depth": len(hidden), "mlp": hidden[0], "grid": math.isqrt(patches)}
 
 def official_config(about, alpha, tensors):
-    """Config of one of their models: from its config.json (about) and, where that is silent, its tensors."""
+    """Config of one of their models, from its config.json (about) and its tensors."""
     for name, value in (("enc_type", "siglip2"), ("dec_type", "siglip2"), ("codebook_l2_norm", True),
                         ("causal_encoder", True), ("causal_decoder", False), ("model_type", "c2i"),
                         ("cls_token_num", 1), ("rope_base", 10000), ("norm_eps", 1e-5)):
         require(about.get(name, value) == value, f"only {name} {value} is known here", about.get(name))
     settings = {"group_size": about["group_size"], "causal_num": about.get("causal_num") or -1}
-    if "vocab_size" in about:               # guidance: the scales of their evaluation
+    if "vocab_size" in about:
         names = {"num_tokens": "block_size", "num_classes": "num_classes", "codebook_size": "vocab_size",
                  "ar_width": "dim", "ar_depth": "n_layer", "ar_heads": "n_head"}
-        settings |= {ours: about[theirs] for ours, theirs in names.items()}
-        settings["guidance"] = {128: 1.45, 512: 1.32}.get(about["block_size"], 1.5)
-        settings["ar_mlp"] = len(tensors["layers.0.feed_forward.w1.weight"])
+        guidance = {128: 1.45, 512: 1.32}.get(about["block_size"], 1.5)             # the scales of their evaluation
+        settings |= {"guidance": guidance, "ar_mlp": len(tensors["layers.0.feed_forward.w1.weight"])}
     else:
+        names = {"num_tokens": "num_latent_tokens", "codebook_size": "codebook_size", "code_dim": "codebook_embed_dim",
+                 "patch_size": "enc_patch_size", "dec_patch_size": "dec_patch_size", "image_size": "max_image_size",
+                 "commit_weight": "commit_loss_beta"}
+        settings |= {"alpha": alpha, "correction": "refine_conv.weight" in tensors}
         for side, ours in (("encoder", "enc"), ("decoder", "dec")):
-            settings |= tower_sizes(tensors, ours, f"{side}.visual_model.")
-            width = settings[f"{ours}_width"]                                       # heads show in no tensor
-            heads = settings[f"{ours}_heads"] = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(width)
-            require(heads, f"{side}_heads must be given in config.json where the {side} is {width} wide", "none")
+            sizes = tower_sizes(tensors, f"{side}.visual_model.")
+            sizes["heads"] = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(sizes["width"])  # in no tensor
+            require(sizes["heads"], f"config.json must name {side}_heads where the width is {sizes['width']}", "none")
+            settings |= {f"{ours}_{name}": size for name, size in sizes.items()}
         if "global_token_proj.4.weight" in tensors:
             settings["teacher_width"], settings["align_width"] = tensors["global_token_proj.4.weight"].shape
             settings["align_weight"] = about.get("global_token_loss_weight") or 1.0
-        settings["codebook_size"], settings["code_dim"] = (about.get(name) or size for name, size in zip(
-            ("codebook_size", "codebook_embed_dim"), tensors["quantize.embedding.weight"].shape, strict=True))
-        settings |= {"alpha": alpha,
-                     "num_tokens": about.get("num_latent_tokens") or tensors["encoder.latent_tokens"].shape[1],
-                     "image_size": about.get("max_image_size") or about["image_size"],
-                     "patch_size": about["enc_patch_size"], "dec_patch_size": about["dec_patch_size"],
-                     "correction": "refine_conv.weight" in tensors,
-                     "commit_weight": about.get("commit_loss_beta", 0.25)}
+    settings |= {ours: about[theirs] for ours, theirs in names.items()}
     return Config(**settings, noise_topk=min(50, settings["codebook_size"]))
 
 def load_official(path):
@@ -1135,18 +1108,14 @@ def load_official(path):
     with blame(f"{path} with its config.json does not fit"):
         about, yaml = json.loads((folder / "config.json").read_text()), folder / "config.yaml"
         alpha = re.search(r"^ *degradation_power: *(\S+)", yaml.read_text() if yaml.exists() else "", re.MULTILINE)
-        is_ar = "vocab_size" in about
-        entries = ("ema", "model") if is_ar else ("model", "ema")           # in the order of their evaluation
-        entry = next((name for name in (*entries, "module", "state_dict") if checkpoint.get(name)), None)
-        tensors = checkpoint[entry] if entry else checkpoint
-        tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in tensors.items()
-                   if not name.startswith("repa_model.") and not name.endswith("codebook_used")}
+        kind, names, entries = ((ARTransformer, AR_NAMES, ("ema", "model")) if "vocab_size" in about else
+                                (Tokenizer, TOKENIZER_NAMES, ("model", "ema")))     # in the order of their evaluation
+        tensors = next((checkpoint[name] for name in (*entries, "module", "state_dict") if checkpoint.get(name)),
+                       checkpoint)
+        tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in tensors.items()}
         config = official_config(about, float(alpha[1]) if alpha else 1.5, tensors)
-    model = ARTransformer(config) if is_ar else Tokenizer(config)
-    lacking = ("quantizer.counts", *(() if config.correction else ("from_code.weight", "from_code.bias")))
-    like = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
-    model.load_state_dict(translate(path, tensors, like, AR_NAMES if is_ar else TOKENIZER_NAMES), strict=False)
-    return model.eval().requires_grad_(False)
+    ignore = r"repa_model\.|quantize\.codebook_used|quantizer\.counts" + r"|refine_conv\." * (not config.correction)
+    return fill(kind(config), path, tensors, names, ignore)
 
 # -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.3) --
 
@@ -1154,16 +1123,12 @@ def siglip_tower(path, layers, heads=16):
     """The first layers of SigLIP 2's vision tower, from its model.safetensors: a frozen ViT. The norm after its last
     layer goes after these, as the authors do. Raises Refused."""
     tensors = read_safetensors(path, "vision_model.")
-    for name in list(tensors):
-        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        if name.startswith("head.") or (layer and int(layer[1]) >= layers):
-            del tensors[name]
     with blame(f"{path} does not hold SigLIP 2"), torch.device("meta"):     # drawing random numbers would be in vain
-        width, _, mlp, grid = tower_sizes(tensors, "enc").values()
+        width, depth, mlp, grid = tower_sizes(tensors).values()
         p = math.isqrt(tensors["embeddings.patch_embedding.weight"].shape[1] // 3)
         tower = ViT(width, layers, heads, mlp, grid, 0.0, p)
-    tower.load_state_dict(translate(path, tensors, tower.state_dict(), SIGLIP_NAMES), assign=True)
-    return tower.eval().requires_grad_(False)
+    rest = "|".join(map(str, range(layers, depth)))
+    return fill(tower.to_empty(device="cpu"), path, tensors, SIGLIP_NAMES, rf"head\.|encoder\.layers\.({rest})\.")
 
 def alignment_loss(guess, tower, images):
     """Minus the mean cosine of what the first token says (B, D) and the mean feature of the image in the whole frozen
@@ -1171,32 +1136,31 @@ def alignment_loss(guess, tower, images):
     wanted = tower.norm(tower(tower.embed(images))).mean(1)                                     # (B, D)
     return -F.cosine_similarity(guess.float(), wanted.float(), dim=-1, eps=1e-12).mean()
 
+def standardise(images):
+    """[-1, 1] -> what networks trained on ImageNet are used to: mean 0 and deviation 1 of each channel."""
+    red, green, blue = images.unbind(1)
+    return torch.stack([(red + 0.030) / 0.458, (green + 0.088) / 0.448, (blue + 0.188) / 0.450], dim=1)
+
 # -- LPIPS: the perceptual loss --
 
 class LPIPS(nn.Module):
-    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924)."""
-
+    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924). From the
+    paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
     CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)  # up to relu1_2, 2_2, 3_3, 4_3, 5_3
     RAMP = 10000                                                    # steps of training over which its weight grows
 
     def __init__(self, vgg, linear):
-        """Paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
         super().__init__()
         with torch.device("meta"):
-            features = torchvision.models.vgg16().features
-        tensors = {name: tensor for name, tensor in read_foreign(vgg).items() if "features." in name}
-        features.load_state_dict(translate(vgg, tensors, features.state_dict(), [("^", "features.")]), assign=True)
+            features = torchvision.models.vgg16().features.to_empty(device="cpu")
+        self.weights = nn.ParameterList(torch.empty(1, width, 1, 1) for width in self.WIDTHS)
+        fill(features, vgg, read_foreign(vgg), [("^", "features.")], r"classifier\.")
+        fill(self.weights, linear, read_foreign(linear), [(r"^(\d)$", r"lin\1.model.1.weight")])
         self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
-        like = {f"lin{i}.model.1.weight": torch.empty(1, width, 1, 1) for i, width in enumerate(self.WIDTHS)}
-        self.weights = nn.ParameterList(translate(linear, read_foreign(linear), like, []).values())
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-        self.eval().requires_grad_(False)
 
     def features(self, images):
         """Yields the five stages' outputs at unit length. Poolings need 32 pixels: smaller is enlarged."""
-        x = images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear")
-        x = (x - self.shift) / self.scale
+        x = standardise(images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear"))
         for stage in self.stages:
             x = stage(x)
             yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
@@ -1225,11 +1189,10 @@ def diff_augment(images, key, weak):
     images = torch.where(use[0], mean + (x - mean) * (u[2] + 0.5), images)              # contrast
 
     most = int(S / 8 + 0.5)
-    down, right = (u[3:5] * (2 * most + 1)).long() - most                               # (B, 1, 1, 1)
-    y, x = rows + down, columns + right                                                 # read from there
-    inside = (y >= 0) & (y < S) & (x >= 0) & (x < S)                                    # (B, 1, S, S)
-    moved = images.take_along_dim(y.clamp(0, S - 1), 2).take_along_dim(x.clamp(0, S - 1), 3)
-    images = torch.where(use[1], moved * inside, images)
+    down, right = (u[3:5] * (2 * most + 1)).long()                                      # (B, 1, 1, 1)
+    wider = F.pad(images, [most] * 4)
+    moved = wider.take_along_dim(rows + down, 2).take_along_dim(columns + right, 3)     # (B, 3, S, S)
+    images = torch.where(use[1], moved, images)
 
     side = int(S * (0.2 if weak else 0.5) + 0.5)
     top, left = (u[5:7] * (S + 1 - side % 2)).long() - side // 2                        # may stick out
@@ -1246,9 +1209,7 @@ class Dino(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, self.WIDTH))
         self.positions = nn.Parameter(torch.zeros(1, 197, self.WIDTH))
         self.blocks = nn.ModuleList(Block(self.WIDTH, 6, 4 * self.WIDTH) for _ in range(12))
-        tensors = {name: t for name, t in read_foreign(path).items() if not name.startswith("norm.")}
-        self.load_state_dict(translate(path, tensors, self.state_dict(), DINO_NAMES))
-        self.eval().requires_grad_(False)
+        fill(self, path, read_foreign(path), DINO_NAMES, r"norm\.")
 
     def forward(self, images):
         """(B, 3, 224, 224) -> five features (B, 384, 196), of the input and of layers 3, 6, 9 and 12: each
@@ -1264,7 +1225,7 @@ class Dino(nn.Module):
 
 class DinoDiscriminator(Discriminator):
     """The paper's judge: a frozen DINO looks, and five small heads, all that is trained, judge each patch."""
-    consistency = 4.0
+    consistency, augment = 4.0, staticmethod(diff_augment)
 
     def __init__(self, dino):
         super().__init__()
@@ -1274,16 +1235,11 @@ class DinoDiscriminator(Discriminator):
             return nn.Sequential(norm(conv), nn.BatchNorm1d(D, eps=1e-6), nn.LeakyReLU(0.2))
         heads = ([layer(1), layer(9), norm(nn.Conv1d(D, 1, 1))] for _ in range(5))
         self.heads = nn.ModuleList(nn.ModuleList(head) for head in heads)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-
-    def augment(self, images, key, weak):
-        return diff_augment(images, key, weak)
 
     def score(self, images, key):
         """(B, 3, S, S) in [-1, 1], key (1,) -> scores (B, 5 * 196). Of images above 224 pixels it sees, with
         probability 1/2, a crop, the same for the batch; all else is resized."""
-        x, S, side = (images.float() / 2 + 0.5 - self.mean) / self.std, images.shape[-1], 224
+        x, S, side = standardise(images.float()), images.shape[-1], 224
         seen = resize(x, side)
         if S > side:
             u, window = uniform(key, 3)[0], torch.arange(side, device=x.device)
@@ -2174,34 +2130,27 @@ def train_ar(config, machine):
 def tf_resize(images, size=299):
     """TensorFlow 1's bilinear resize, which published FIDs are made with: (B, 3, H, W) float -> (B, 3, size, size).
     Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge."""
-    def weights(length):                                                                    # (size, length)
-        place = torch.arange(size, device=images.device, dtype=torch.float64) * length / size
-        low = place.long()
-        share = (place - low)[:, None].to(images.dtype)
-        matrix = images.new_zeros(size, length).scatter_(1, low[:, None], 1 - share)
-        return matrix.scatter_add_(1, (low + 1).clamp(max=length - 1)[:, None], share)
-    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
+    down, right = (1 / length - 1 / size for length in images.shape[2:])    # takes the half pixels back
+    move = torch.tensor([[[1, 0, right], [0, 1, down]]], dtype=torch.float64, device=images.device)
+    grid = F.affine_grid(move, (1, 1, size, size), align_corners=False).to(images.dtype)    # (1, size, size, 2)
+    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
 
 class InceptionV3(nn.Module):
-    """The network of FID: torchvision's Inception v3 with the weights of 2015 and the pooling they came with."""
+    """The network of FID: torchvision's Inception v3 with the weights of 2015, the file WEIGHTS[INCEPTION], and the
+    pooling they came with. Raises Refused when it is another."""
     def __init__(self, weights):
-        """weights: the published file, WEIGHTS[INCEPTION]. Raises Refused when it is another."""
         super().__init__()
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
         with blame(f"{weights} does not hold FID's Inception", f": get {WEIGHTS[INCEPTION][0]}"):
             self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        pool = {"kernel_size": 3, "stride": 1, "padding": 1}
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):       # averages leave the padding out
-            self.replace_pool(self.net.get_submodule(f"Mixed_{name}"), nn.AvgPool2d(**pool, count_include_pad=False))
-        self.replace_pool(self.net.Mixed_7c, nn.MaxPool2d(**pool))
+        for block in self.net.children():
+            if hasattr(block, "branch_pool"):                   # averages leave the padding out
+                block.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+                block.register_forward_pre_hook(lambda block, args: setattr(block, "seen", args[0]))
+                block.branch_pool.register_forward_pre_hook(lambda _, args, block=block: block.pool(block.seen))
+        self.net.Mixed_7c.pool = nn.MaxPool2d(3, 1, 1)
         self.fc, self.net.fc = self.net.fc, nn.Identity()
         self.eval().requires_grad_(False)
-
-    @staticmethod
-    def replace_pool(block, pool):
-        """Let a block's pooling branch see pool(input of the block), whatever torchvision pools there."""
-        block.register_forward_pre_hook(lambda module, args: setattr(module, "pooled", pool(args[0])))
-        block.branch_pool.register_forward_pre_hook(lambda module, args: block.pooled)
 
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pool features (B, 2048) and logits (B, 1008), float32. Raises Refused."""
@@ -2216,8 +2165,7 @@ class Moments:
 
     def __init__(self, machine, images):
         zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
-        splits = math.ceil(images / self.SPLIT)
-        self.sum, self.outer = zeros(2048), zeros(2048, 2048)
+        self.sum, self.outer, splits = zeros(2048), zeros(2048, 2048), math.ceil(images / self.SPLIT)
         self.count, self.p, self.entropy = zeros(splits), zeros(splits, 1008), zeros(splits)
 
     def add(self, inception, rows, pixels):
@@ -2239,23 +2187,21 @@ class Moments:
         mean = self.sum / n
         covariance = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
         score = (torch.special.entr(p).sum(-1) - self.entropy / self.count).exp().mean()    # exp E KL(p(y|x) || p(y))
-        return mean.cpu().numpy(), covariance.cpu().numpy(), score.item()
+        return mean.cpu(), covariance.cpu(), score.item()
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, float64. Raises Refused if sizes differ.
     tr (S1 S2)^(1/2) sums the roots of the eigenvalues of S1 S2. Those of the symmetric S1^(1/2) S2 S1^(1/2) are the
     same, real and not negative, also where a matrix square root turns complex or wrong."""
-    mu1, mu2 = (np.atleast_1d(np.asarray(m, np.float64)) for m in (mu1, mu2))
-    sigma1, sigma2 = (np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2))
-    shapes = mu1.shape * 2, mu2.shape * 2, sigma1.shape, sigma2.shape
-    require(len(set(shapes)) == 1, "means and covariances must fit each other", shapes)
-    require(all(np.isfinite(m).all() for m in (mu1, mu2, sigma1, sigma2)), "means and covariances must be finite",
-            "nan or inf")
-    require(all(np.allclose(s, s.T) for s in (sigma1, sigma2)), "covariances must be symmetric", "one that is not")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu1, sigma1, mu2, sigma2))
+    for mu, sigma in ((mu1, sigma1), (mu2, sigma2)):
+        check(mu, "a mean", (mu1.numel(),))
+        check(sigma, "a covariance", (mu1.numel(), mu1.numel()))
+        require(torch.allclose(sigma, sigma.T), "covariances must be symmetric", "one that is not")
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
 
 # == 18. Evaluation ====================================================================================================
 
