@@ -57,13 +57,16 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import signal
 import sys
 import time
+import types
 import urllib.request
 import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1029,18 +1032,35 @@ def fill(module, path, tensors, names, ignore="$"):
     return module.eval().requires_grad_(False)
 
 class Inert:
-    """Stands for the classes and functions that a foreign file names: made from anything, does nothing."""
-    __init__ = __setstate__ = lambda *args: None
+    """Stands for the classes and functions that a foreign file names: accepts whatever unpickling does."""
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = lambda *args, **kwargs: None
+
+KNOWN = {("collections", "OrderedDict"): OrderedDict, ("__builtin__", "set"): set, ("builtins", "set"): set,
+         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+         ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter}
+
+class InertUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers; all else that a pickle would make, or run, becomes Inert."""
+    def find_class(self, module, name):
+        known = KNOWN.get((module, name), Inert)
+        # A pickle can set attributes of a function that it is given: let that be a new one, not torch's own.
+        return known if isinstance(known, type) else lambda *args: known(*args)
 
 def read_foreign(path):
-    """The dict in a torch.save file, all that is no tensor or plain container Inert; nothing in it is run. Raises
-    Refused. Its tensors are memory-mapped where the format allows it: copy what is to outlive the file."""
+    """The dict in a torch.save file that weights_only=True may refuse; nothing in it is run. Raises Refused.
+    Its tensors are memory-mapped where the format allows it: copy what is to outlive the file."""
+    inert = types.SimpleNamespace(__name__="inert", Unpickler=InertUnpickler,
+                                  load=lambda file, **options: InertUnpickler(file, **options).load())
     with blame(f"{path} is not a file of weights"):
-        archive = zipfile.is_zipfile(path)
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(path) if archive else []
-        with torch.serialization.safe_globals([(Inert, name) for name in named]):
-            state = torch.load(path, "cpu", weights_only=True, mmap=archive)
-        require(isinstance(state, dict), "it must hold a dict of tensors", type(state).__name__)
+        archive = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if any(name.endswith("constants.pkl") for name in archive):
+            raise TypeError("TorchScript, which torch.load would compile")
+        state = torch.load(path, "cpu", inert, weights_only=False, mmap=bool(archive))
+        if not isinstance(state, dict):
+            raise TypeError("no dict of tensors")
         return state
 
 def read_safetensors(path, prefix=""):
@@ -1070,7 +1090,7 @@ def tower_sizes(tensors, stem=""):
     return {"width": width, "depth": len(hidden), "mlp": hidden[0], "grid": math.isqrt(patches)}
 
 def official_config(about, alpha, tensors):
-    """Config of one of their models, from its config.json (about) and its tensors."""
+    """Config of one of their models: from its config.json (about) and, where that is silent, its tensors."""
     for name, value in (("enc_type", "siglip2"), ("dec_type", "siglip2"), ("codebook_l2_norm", True),
                         ("causal_encoder", True), ("causal_decoder", False), ("model_type", "c2i"),
                         ("cls_token_num", 1), ("rope_base", 10000), ("norm_eps", 1e-5)):
@@ -1086,6 +1106,10 @@ def official_config(about, alpha, tensors):
                  "patch_size": "enc_patch_size", "dec_patch_size": "dec_patch_size", "image_size": "max_image_size",
                  "commit_weight": "commit_loss_beta"}
         settings |= {"alpha": alpha, "correction": "refine_conv.weight" in tensors}
+        N, (V, C) = tensors.get("encoder.latent_tokens", torch.empty(1, 0)).shape[1], tensors["quantize.embedding.weight"].shape
+        silent = {"num_latent_tokens": N, "codebook_size": V, "codebook_embed_dim": C, "commit_loss_beta": 0.25,
+                  "max_image_size": about.get("image_size")}
+        about = silent | {name: value for name, value in about.items() if value is not None}
         for side, ours in (("encoder", "enc"), ("decoder", "dec")):
             sizes = tower_sizes(tensors, f"{side}.visual_model.")
             sizes["heads"] = about.get(f"{side}_heads") or {1152: 16, 768: 12}.get(sizes["width"])  # in no tensor
@@ -2130,10 +2154,13 @@ def train_ar(config, machine):
 def tf_resize(images, size=299):
     """TensorFlow 1's bilinear resize, which published FIDs are made with: (B, 3, H, W) float -> (B, 3, size, size).
     Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge."""
-    down, right = (1 / length - 1 / size for length in images.shape[2:])    # takes the half pixels back
-    move = torch.tensor([[[1, 0, right], [0, 1, down]]], dtype=torch.float64, device=images.device)
-    grid = F.affine_grid(move, (1, 1, size, size), align_corners=False).to(images.dtype)    # (1, size, size, 2)
-    return F.grid_sample(images, grid.expand(len(images), -1, -1, -1), padding_mode="border", align_corners=False)
+    def weights(length):                                                                    # (size, length)
+        place = torch.arange(size, device=images.device, dtype=torch.float64) * length / size
+        low = place.long()
+        share = (place - low)[:, None].to(images.dtype)
+        matrix = images.new_zeros(size, length).scatter_(1, low[:, None], 1 - share)
+        return matrix.scatter_add_(1, (low + 1).clamp(max=length - 1)[:, None], share)
+    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
 
 class InceptionV3(nn.Module):
     """The network of FID: torchvision's Inception v3 with the weights of 2015, the file WEIGHTS[INCEPTION], and the

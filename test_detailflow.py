@@ -1064,10 +1064,6 @@ def test_odd_tokenizers_load_whole(tmp_path, odd):
         "group_size": config.group_size,
         "dec_patch_size": config.dec_patch_size,
         "causal_num": odd.get("causal_num"),
-        "num_latent_tokens": config.num_tokens,
-        "codebook_size": config.codebook_size,
-        "codebook_embed_dim": config.code_dim,
-        "commit_loss_beta": config.commit_weight,
         "encoder_heads": 3,
         "decoder_heads": 2,
     }
@@ -1113,25 +1109,22 @@ def test_a_hostile_pickle_does_not_run(tmp_path, new_format):
     """Code in a checkpoint that is run because weights_only is off."""
     victim, sample = tmp_path / "victim", torch.randn(3, 4)
     bad = [
+        Hostile(os.system, f"touch {victim}"),
         Hostile(eval, f"__import__('os').mkdir({str(victim) + '1'!r})"),
         Hostile(exec, f"__import__('os').mkdir({str(victim) + '2'!r})"),
         Hostile(subprocess.check_call, ["touch", str(victim)]),
     ]
-    whole = {"model": {"a": sample, "b": nn.Parameter(sample[0])}, "args": foreign(), "bad": bad, "set": {1, 2}}
-    save(whole, tmp_path / "x.pt", _use_new_zipfile_serialization=new_format)
-    if new_format:
-        state = df.read_foreign(tmp_path / "x.pt")
-        assert torch.equal(state["model"]["a"], sample) and torch.equal(state["model"]["b"], sample[0])
-        assert state["set"] == {1, 2} and isinstance(state["args"], df.Inert)
-        assert all(isinstance(thing, df.Inert) for thing in state["bad"])
-    else:
-        with pytest.raises(df.Refused, match=r"x\.pt"):
-            df.read_foreign(tmp_path / "x.pt")
-    bad.append(Hostile(os.system, f"touch {victim}"))
-    save({"bad": bad}, tmp_path / "bad.pt", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(df.Refused, match=r"bad\.pt"):
-        df.read_foreign(tmp_path / "bad.pt")
-    assert {file.name for file in tmp_path.iterdir()} == {"x.pt", "bad.pt"}
+    save(
+        {"model": {"a": sample, "b": nn.Parameter(sample[0])}, "args": foreign(), "bad": bad, "set": {1, 2}},
+        tmp_path / "x.pt",
+        _use_new_zipfile_serialization=new_format,
+    )
+    state = df.read_foreign(tmp_path / "x.pt")
+    assert {file.name for file in tmp_path.iterdir()} == {"x.pt"}
+    assert torch.equal(state["model"]["a"], sample) and torch.equal(state["model"]["b"], sample[0])
+    assert state["set"] == {1, 2} and isinstance(state["args"], df.Inert)
+    assert all(isinstance(thing, df.Inert) for thing in state["bad"])
+    save(bad, tmp_path / "bad.pt", _use_new_zipfile_serialization=new_format)
     torch.load(tmp_path / "bad.pt", weights_only=False)
     assert {file.name for file in tmp_path.glob("victim*")} == {"victim", "victim1", "victim2"}  # it would have run
 
@@ -1141,15 +1134,7 @@ def test_a_pickle_cannot_change_the_functions_it_is_given(tmp_path):
     before = dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor_v2.__defaults__
     build = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n"
     build += b"N}X\x0c\x00\x00\x00__defaults__(K\x01ts\x86b" + b"s."
-    save({"a": torch.zeros(1)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
-        for name in old.namelist():
-            new.writestr(name, build if name.endswith("data.pkl") else old.read(name))
-    for name, content in (("y.pt", None), ("z.pt", build)):  # the new format and a bare pickle
-        if content:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(df.Refused, match=name):
-            df.read_foreign(tmp_path / name)
+    df.InertUnpickler(io.BytesIO(build)).load()
     assert (dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor_v2.__defaults__) == before
 
 
@@ -1167,9 +1152,8 @@ def test_a_torn_checkpoint_a_script_and_a_list_are_refused(tmp_path):
     save([torch.zeros(2)], tmp_path / "list.pt")
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/constants.pkl", b"")
-        archive.writestr("script/version", b"3")
         archive.writestr("script/data.pkl", b"")
-    for name, said in (("torn", ""), ("list", "got list"), ("script", "torchscript"), ("absent", "FileNotFound")):
+    for name, said in (("torn", ""), ("list", "no dict"), ("script", "TorchScript"), ("absent", "FileNotFound")):
         with pytest.raises(df.Refused, match=rf"{name}\.pt .*{said}"):
             df.read_foreign(tmp_path / f"{name}.pt")
 
@@ -2768,8 +2752,7 @@ def test_foreign_files_never_run_code(tmp_path):
     path.write_bytes(b"")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/constants.pkl", b"")
-        archive.writestr("x/version", b"3")
-    with pytest.raises(df.Refused, match="torchscript"):
+    with pytest.raises(df.Refused, match="TorchScript"):
         df.read_foreign(path)
 
 
