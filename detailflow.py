@@ -1106,7 +1106,8 @@ def official_config(about, alpha, tensors):
                  "patch_size": "enc_patch_size", "dec_patch_size": "dec_patch_size", "image_size": "max_image_size",
                  "commit_weight": "commit_loss_beta"}
         settings |= {"alpha": alpha, "correction": "refine_conv.weight" in tensors}
-        N, (V, C) = tensors.get("encoder.latent_tokens", torch.empty(1, 0)).shape[1], tensors["quantize.embedding.weight"].shape
+        V, C = tensors["quantize.embedding.weight"].shape
+        N = tensors.get("encoder.latent_tokens", torch.empty(1, 0)).shape[1]
         silent = {"num_latent_tokens": N, "codebook_size": V, "codebook_embed_dim": C, "commit_loss_beta": 0.25,
                   "max_image_size": about.get("image_size")}
         about = silent | {name: value for name, value in about.items() if value is not None}
