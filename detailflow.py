@@ -2375,6 +2375,9 @@ def evaluate(config, machine):
 
 # == 19. Benchmark: how fast, and how far from what the machine allows =================================================
 
+def weight_bytes(module):
+    return sum(p.nbytes for p in module.parameters())
+
 class Bench:
     """Times work and prints a JSON line for each: median seconds, images/s, and the share reached of the floor: the
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
@@ -2431,10 +2434,7 @@ class Bench:
             value.backward()
             optimizers.step(0.0)
 
-        self.run(what, batch, step, 10 * weight_bytes(module))
-
-def weight_bytes(module):
-    return sum(p.nbytes for p in module.parameters())
+        self.run(f"train {what}", len(batch), step, 10 * weight_bytes(module))
 
 def random_models(config, machine):
     """A tokenizer and an AR transformer of the settings' sizes to time, without training or checkpoint."""
@@ -2444,7 +2444,7 @@ def random_models(config, machine):
 
 def bench_sampling(bench, tokenizer, model, batches):
     """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
-    machine, config, side = bench.machine, model.config, tokenizer.config.image_size
+    machine, config = bench.machine, model.config
     passes = len(decoding_spans(config, config.num_tokens))
     moved = passes * (weight_bytes(model) - weight_bytes(model.code_embed))
     prepare_sampling(tokenizer, model, machine, config.compile)
@@ -2453,36 +2453,36 @@ def bench_sampling(bench, tokenizer, model, batches):
         draw = functools.partial(generate, model, torch.arange(batch) % config.num_classes, seeds=torch.arange(batch),
                                  **sampling_settings(config))
         with machine.autocast(), torch.no_grad():
-            paint = functools.partial(tokenizer.decode_vectors, tokenizer.quantizer.lookup(draw()), side)
+            paint = functools.partial(tokenizer.decode, draw())
             if not (bench.run("sample: codes", batch, draw, moved, passes=passes)
-                    and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder), image_size=side)):
+                    and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder))):
                 break
 
 def benchmark(config, machine):
     """Time drawing, then with random weights and data, the networks alone, a step of each stage, with and without
     self-correction, and the extraction of codes."""
-    bench, R, N = Bench(machine), config.image_size, config.num_tokens
+    bench, R, N, device = Bench(machine), config.image_size, config.num_tokens, machine.device
     batches = [4**i for i in range(7)] if bench.gpu else (1, 4, config.eval_batch)
     bench_sampling(bench, *random_models(config, machine), batches)
-    tokenizer, model = Tokenizer(config).to(machine.device), ARTransformer(config).to(machine.device)
-    tok_batch, ar_batch = config.tok_batch // machine.world, config.ar_batch // machine.world
-    images = torch.rand(tok_batch, 3, R, R, device=machine.device) * 2 - 1
-    tok_keys, ar_keys = (torch.arange(batch, device=machine.device) for batch in (tok_batch, ar_batch))
-    codes = torch.zeros(ar_batch, N, dtype=torch.long, device=machine.device)
+    tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
+    images = torch.rand(config.tok_batch // machine.world, 3, R, R, device=device) * 2 - 1
+    codes = torch.zeros(config.ar_batch // machine.world, N, dtype=torch.long, device=device)
+    tok_keys, ar_keys = (torch.arange(len(x), device=device) for x in (images, codes))
     noise = draw_noise(config, tok_keys, N)
 
     def tokenizer_loss(run, *noise):
         out = run(images, N, *noise)
         return out.pixels.square().mean() + out.code_loss
 
-    bench.train("train tokenizer, with self-correction", tok_batch, config, tokenizer,
-                lambda run: tokenizer_loss(run, *noise))
-    bench.train("train tokenizer, without self-correction", tok_batch, config, tokenizer, tokenizer_loss)
-    bench.train("train AR transformer", ar_batch, config, model,
-                lambda run: F.cross_entropy(run(codes[:, 0], codes, ar_keys).transpose(1, 2), codes))
+    def ar_loss(run):
+        return F.cross_entropy(run(codes[:, 0], codes, ar_keys).transpose(1, 2), codes)
+
+    bench.train("tokenizer, with self-correction", images, config, tokenizer, lambda run: tokenizer_loss(run, *noise))
+    bench.train("tokenizer, without self-correction", images, config, tokenizer, tokenizer_loss)
+    bench.train("AR transformer", codes, config, model, ar_loss)
     with machine.autocast():
-        bench.run("extract codes", tok_batch, lambda: tokenizer.triples(images, tok_keys),
-                  weight_bytes(tokenizer.encoder))
+        extract = functools.partial(tokenizer.triples, images, tok_keys)
+        bench.run("extract codes", len(images), extract, weight_bytes(tokenizer.encoder))
 
 # == 20. Command line ==================================================================================================
 

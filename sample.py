@@ -72,8 +72,7 @@ def draw(args, tokenizer, model, machine, names, out):
     df.require(args.tokens in (None, *lengths), f"--tokens (num_tokens) must be one of {lengths}", args.tokens)
     turn, since = torch.arange(count) % len(classes), time.time()
     if args.random_classes:
-        u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
-        turn = (u * len(classes)).long()
+        turn = torch.randint(len(classes), (count,), generator=torch.Generator().manual_seed(args.seed))
     labels = torch.tensor(classes)[turn]
     config = dataclasses.replace(model.config, seed=args.seed, eval_batch=args.batch)
     if args.npz:
@@ -101,7 +100,7 @@ def work(args):
     """Do what the command line asks for. Raises Refused."""
     run = Path(args.run)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
-    machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
+    machine = df.start_machine(df.Config(**given))
     out = Path(args.out or ("samples" if args.tokenizer else run))
     if args.bench:
         df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
