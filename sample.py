@@ -60,9 +60,8 @@ def rebuild(args, tokenizer, machine, out):
 
 def draw(args, tokenizer, model, machine, names, out):
     """Write samples.png and coarse_to_fine.png, or the npz. Raises Refused."""
-    classes = class_numbers(args.classes, names) if args.classes else list(range(len(names)))
-    if args.num is None and not args.npz and not args.classes:
-        classes = classes[:10]
+    shown = 10 if args.num is None and not args.npz else len(names)
+    classes = class_numbers(args.classes, names) if args.classes else list(range(len(names)))[:shown]
     count, npz = 8 * len(classes) if args.num is None else args.num, Path(args.npz or "none")
     df.require(1 <= count <= 10**7 and args.batch >= 1, "--num and --batch must be at least 1, --num at most 10000000",
                f"{count} and {args.batch}")
@@ -72,7 +71,8 @@ def draw(args, tokenizer, model, machine, names, out):
     df.require(args.tokens in (None, *lengths), f"--tokens (num_tokens) must be one of {lengths}", args.tokens)
     turn, since = torch.arange(count) % len(classes), time.time()
     if args.random_classes:
-        turn = torch.randint(len(classes), (count,), generator=torch.Generator().manual_seed(args.seed))
+        u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
+        turn = (u * len(classes)).long()
     labels = torch.tensor(classes)[turn]
     config = dataclasses.replace(model.config, seed=args.seed, eval_batch=args.batch)
     if args.npz:
@@ -90,8 +90,9 @@ def draw(args, tokenizer, model, machine, names, out):
     order, columns = labels.argsort(stable=True), max(1, count // len(classes))
     grid = df.to_float(torch.cat(images))[order][:count // columns * columns].unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
-    print(f"{out / 'samples.png'}: {count} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, "
-          f"{', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
+    passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
+    print(f"{out / 'samples.png'}: {count} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
+          f"passes each batch: {', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
     if args.tokens in (None, config.num_tokens):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
         print(f"{out / 'coarse_to_fine.png'}: the first {min(8, count)} from {df.strip_lengths(config)} tokens")
