@@ -66,7 +66,7 @@ import time
 import types
 import urllib.request
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1838,90 +1838,90 @@ class Progress:
 
 def save_picture(rows, path):
     """Rows of images (rows, columns, 3, S, S) in [-1, 1] as one PNG, small images enlarged."""
-    zoom = max(1, 64 // rows.shape[-1])
-    images = to_uint8(rows.flatten(0, 1)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).cpu()
-    grid = torchvision.utils.make_grid(images, nrow=rows.shape[1], padding=2, pad_value=255)
+    images = F.interpolate(rows.flatten(0, 1), scale_factor=max(1, 64 // rows.shape[-1]))
     with written_whole(path) as file:
-        TF.to_pil_image(grid).save(file, format="png")
+        torchvision.utils.save_image((images + 1) / 2, file, "png", nrow=rows.shape[1], pad_value=1)
 
-def save_plot(path, title, curves, width=720, height=420):
-    """Curves {name: [(x, y), ...]} with axes, as one PNG."""
-    left, top, right, bottom = 70, 30 + 20 * len(curves), width - 30, height - 40
-    spans = [(min(values), max(values)) for values in zip(*itertools.chain(*curves.values()), strict=True)]
-    (x0, x1), (y0, y1) = ((a, b if b > a else a + 1) for a, b in spans)
-    picture = Image.new("RGB", (width, height), "white")
+def save_plot(path, title, curves):
+    """Curves {name: [(x, y), ...]} as one PNG: 720 x 420 pixels, x from 70 to 690, y from 380 up to below the names."""
+    points, top = np.array(list(itertools.chain(*curves.values()))), 30 + 20 * len(curves)
+    low, span = points.min(0), np.where(np.ptp(points, 0) > 0, np.ptp(points, 0), 1)
+    picture = Image.new("RGB", (720, 420), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
-
-    def place(x, y):
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
-
-    pen.text((left, 8), title, "black", font)
-    for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5), strict=True):
-        pen.line([place(x0, y), place(x1, y)], "lightgrey")
-        pen.text((left - 8, place(x0, y)[1]), f"{y:.3g}", "black", font, "rm")
-        pen.text((place(x, y0)[0], bottom + 8), f"{x:.4g}", "black", font, "mt")
-    for i, (name, points) in enumerate(curves.items()):
-        color = ("royalblue", "darkorange", "seagreen", "crimson")[i % 4]
-        pen.line([place(*point) for point in points], color, 3)
-        pen.text((right, 8 + 20 * i), name, color, font, "ra")
+    pen.text((70, 8), title, "black", font)
+    for share in np.linspace(0, 1, 5):
+        (x, y), column, row = low + share * span, 70 + share * 620, 380 + share * (top - 380)
+        pen.line([70, row, 690, row], "lightgrey")
+        pen.text((62, row), f"{y:.3g}", "black", font, "rm")
+        pen.text((column, 388), f"{x:.4g}", "black", font, "mt")
+    for i, (name, curve) in enumerate(curves.items()):
+        color, places = ("royalblue", "darkorange")[i % 2], (70, 380) + (curve - low) / span * (620, top - 380)
+        pen.line(places.flatten().tolist(), color, 3)
+        pen.text((690, 8 + 20 * i), name, color, font, "ra")
     with written_whole(path) as file:
-        picture.save(file, format="png")
+        picture.save(file, "png")
 
-def strip_lengths(config, most=8):
-    """About `most` prefix lengths from 1 to N, each about twice the one before."""
-    wanted = [config.num_tokens ** (i / (most - 1)) for i in range(most)]
+def strip_lengths(config):
+    """Up to eight prefix lengths from 1 to N, each about twice the one before."""
+    wanted = [config.num_tokens ** (i / 7) for i in range(8)]
     return sorted({min(prefix_lengths(config), key=lambda n: abs(n - w)) for w in wanted})
 
 def coarse_to_fine(tokenizer, codes):
     """Each sequence (B, N) decoded from more and more of its codes, enlarged to R: (B, lengths, 3, R, R)."""
     R = tokenizer.config.image_size
     steps = (tokenizer.decode(codes[:, :n]) for n in strip_lengths(tokenizer.config))
-    return torch.stack([F.interpolate(x, (R, R), mode="nearest") for x in steps], dim=1)
+    return torch.stack([F.interpolate(x, (R, R)) for x in steps], dim=1)
 
 def reconstructions(tokenizer, pixels):
     """A row for each uint8 image (B, 3, R, R): from 1 ... N tokens, then itself. (B, lengths + 1, 3, R, R)."""
     images = to_float(pixels)
     return torch.cat([coarse_to_fine(tokenizer, tokenizer.encode(images)), images[:, None]], dim=1)
 
-def spoil(tokenizer, past, clean, start, ranks):
-    """Pixels (B, 3, R, R) with a group spoilt and the rest kept, and with the rest encoded again."""
-    fixed = tokenizer.correct(past, clean, start, ranks)
-    kept = torch.where(fixed.redone, clean.codes, fixed.codes)
-    return tokenizer.decode(kept), tokenizer.decode(fixed.codes)
-
 @torch.no_grad()
-def repairs(tokenizer, pixels):
-    """What self-correction mends, a row for each uint8 image (B, 3, R, R): itself, decoded, with a group spoilt and the
-    rest kept, with the rest encoded again, and what the spoilt group changes in these two, fourfold."""
-    config, images = tokenizer.config, to_float(pixels)
+def spoil(tokenizer, images, start, ranks):
+    """Images (B, 3, R, R) decoded; with a group spoilt, see correct(), and the rest kept; and with it encoded again."""
     past = tokenizer.encode_patches(images)
     clean = tokenizer.quantize(past)
-    start = torch.full_like(clean.codes[:, 0], config.causal_num)                   # the first parallel group
+    fixed = tokenizer.correct(past, clean, start, ranks)
+    kept = torch.where(fixed.redone, clean.codes, fixed.codes)                                  # (B, N)
+    return [tokenizer.decode(codes) for codes in (clean.codes, kept, fixed.codes)]
+
+def repairs(tokenizer, pixels):
+    """What self-correction mends, a row for each uint8 image (B, 3, R, R): itself, decoded, with the first parallel
+    group spoilt and the rest kept, with the rest encoded again, and what that changes in these two, fourfold."""
+    images, config = to_float(pixels), tokenizer.config
+    start = torch.full((len(images),), config.causal_num, device=images.device)
     ranks = torch.full((len(images), config.group_size), config.noise_topk - 1, device=images.device)
-    good, pair = tokenizer.decode(clean.codes), spoil(tokenizer, past, clean, start, ranks)
+    good, *pair = spoil(tokenizer, images, start, ranks)
     return torch.stack([images, good, *pair, *[(4 * (x - good).abs() - 1).clamp(max=1) for x in pair]], dim=1)
 
 def sampling_settings(config):
     return {name: getattr(config, name) for name in ("guidance", "schedule", "temperature", "top_k", "top_p")}
 
-def samples(tokenizer, model, config, columns=8):
-    """A row for each of the first ten classes: codes (classes * columns, N), pixels (classes, columns, 3, R, R)."""
-    labels = torch.arange(min(config.num_classes, 10)).repeat_interleave(columns)
-    codes = generate(model, labels, **sampling_settings(config), seeds=config.seed + torch.arange(len(labels)))
-    return codes, tokenizer.decode(codes).unflatten(0, (-1, columns))
+def draw_batches(config, machine, tokenizer, model, labels, rows, num_tokens=None):
+    """Draw the images with numbers `rows`, of labels[rows]: yields (some rows, codes (b, n), uint8 (b, 3, S, S)).
+    Image i has seed + i, so neither batch nor process matters."""
+    for part in chunks(rows, config.eval_batch):
+        settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(part), "num_tokens": num_tokens}
+        with machine.autocast():
+            codes = generate(model, labels[part], **settings)
+            pixels = to_uint8(tokenizer.decode(codes))
+        yield part, codes, pixels
+
+def samples(config, machine, tokenizer, model):
+    """Eight images of each of the first ten classes: codes (classes * 8, N), pixels (classes, 8, 3, R, R)."""
+    labels = torch.arange(min(config.num_classes, 10)).repeat_interleave(8)
+    _, codes, pixels = zip(*draw_batches(config, machine, tokenizer, model, labels, range(len(labels))), strict=True)
+    return torch.cat(codes), to_float(torch.cat(pixels)).unflatten(0, (-1, 8))
 
 def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None):
     """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
-    `label`. Image i has seed + i, so neither batch nor process matters."""
+    `label`."""
     side = decoder_size(tokenizer.config, num_tokens or config.num_tokens)
     prepare_sampling(tokenizer, model, machine, config.compile)
 
     def work(todo):
-        for rows in chunks(todo, config.eval_batch):
-            settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(rows), "num_tokens": num_tokens}
-            with machine.autocast(), torch.no_grad():
-                codes = generate(model, labels[rows], **settings)
-                pixels = to_uint8(tokenizer.decode_vectors(tokenizer.quantizer.lookup(codes), side))
+        for rows, _, pixels in draw_batches(config, machine, tokenizer, model, labels, todo, num_tokens):
             yield rows, {"image": pixels.permute(0, 2, 3, 1), "label": labels[rows]}
 
     return fill_file(path, [("image", "u1", (side, side, 3)), ("label", "i4")], machine, len(labels), work)
@@ -1930,10 +1930,7 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
 
 def loss_networks(config, machine, model):
     """LPIPS, SigLIP 2 and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
-    def path(name):
-        with machine.first():
-            return published(name, config.weights)
-
+    path = functools.partial(published, folder=config.weights)
     perceptual = tower = judge = None
     if config.perceptual_weight:
         perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device)
@@ -1941,7 +1938,7 @@ def loss_networks(config, machine, model):
         tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
     if config.disc_weight:
         judge = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
-            wrap(Dino(path(DINO)).to(machine.device), config, machine))
+            wrap(Dino(path(DINO)), config, machine))
         if machine.device.type == "cuda":
             judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge)
         judge.to(machine.device)
@@ -1958,13 +1955,13 @@ def train_tokenizer(config, machine):
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
     model = Tokenizer(config).to(device)
-    perceptual, tower, judge = loss_networks(config, machine, model)
+    with machine.first():                                   # who downloads what is missing
+        perceptual, tower, judge = loss_networks(config, machine, model)
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
+    judge_optimizers = judge and Optimizers(judge, "adamw", config.tok_lr)
     parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
-    if judge:
-        judge_optimizers = Optimizers(judge, "adamw", config.tok_lr)
-        parts["judge_adamw"] = judge_optimizers.parts["adamw"]
+    parts["judge_adamw"] = judge and judge_optimizers.parts["adamw"]
     groups = ("data", "tokenizer", "tokenizer training", "training")
     start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
     machine.say(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} images, "
@@ -2018,16 +2015,16 @@ def train_tokenizer(config, machine):
             for target, pixels, _ in results:
                 with machine.autocast():
                     scores = distributed_judge(target, pixels, fold(judge_key, 1))
-                judge_loss = judge.loss(scores, config.disc_weight, machine)
-                backward(judge_loss / config.accum)
-                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach() / config.accum
+                judge_loss = judge.loss(scores, config.disc_weight, machine) / config.accum
+                backward(judge_loss)
+                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach()
             values["judge_grad_norm"] = judge_optimizers.step(lr)
 
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
             if machine.rank == 0:
-                _, pixels = next(val.in_order(range(min(8, len(val))), 8))
-                save_picture(reconstructions(ema or model, pixels.to(device)), out / f"tokenizer_{done:07d}.png")
+                pixels = next(val.fetch([range(len(val))[:8]])).to(device)
+                save_picture(reconstructions(ema or model, pixels), out / f"tokenizer_{done:07d}.png")
                 save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
             progress.saved(done)
 
@@ -2045,10 +2042,9 @@ def load_tokenizer(config, machine):
     return tokenizer
 
 def extract_codes(config, machine, tokenizer, images):
-    """Codes of the training images and their augmentations, in one memory-mapped file that is made when missing.
-    One record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
-    times larger image, as in the paper; of the built-in sets the image and its mirror image. The name of the file
-    comes from what went into it, so that another tokenizer makes another file."""
+    """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
+    record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
+    times larger image, as in the paper; of the built-in sets the image and its mirror image."""
     views = 2 if config.data in BUILT_IN else 10
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
                          config.noise_topk, config.correction)
@@ -2057,13 +2053,12 @@ def extract_codes(config, machine, tokenizer, images):
     def work(todo):
         for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
             x = to_float(pixels.to(machine.device))
-            crops = TF.ten_crop(x, config.image_size) if views == 10 else (x, x.flip(3))
-            x = torch.stack(crops, dim=1).flatten(0, 1)                                     # (b * views, 3, R, R)
-            place = torch.tensor(rows)[:, None] * views + torch.arange(views)
+            x = torch.cat((x, x.flip(3)) if views == 2 else TF.ten_crop(x, config.image_size))      # (views b, 3, R, R)
+            place = torch.tensor(rows) * views + torch.arange(views)[:, None]                       # (views, b)
             keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)
             with machine.autocast():
-                triples = tokenizer.triples(x, keys).unflatten(0, (-1, views))              # (b, views, 3, N)
-            yield rows, {"codes": triples, "label": images.labels[rows]}
+                triples = tokenizer.triples(x, keys).unflatten(0, (views, -1))                      # (views, b, 3, N)
+            yield rows, {"codes": triples.transpose(0, 1), "label": images.labels[rows]}
 
     record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
     codes = fill_file(path, record, machine, len(images), work)
@@ -2080,29 +2075,21 @@ def ar_batch(config, machine, codes, step):
     records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
     view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
     triples = torch.from_numpy(records["codes"][np.arange(len(rows)), view].astype(np.int64))       # (b, 3, N)
-    clean, spoilt, mended = triples.unbind(1)
-    corrected = u[:, 1:] < config.correction_share                                          # (b, 1)
+    corrected = u[:, 1, None, None] < config.correction_share                                       # (b, 1, 1)
+    shown, target = torch.where(corrected, triples[:, 1:], triples[:, :1]).unbind(1)                # (b, N) each
     labels = torch.from_numpy(records["label"].astype(np.int64))
-    batch = labels, torch.where(corrected, spoilt, clean), torch.where(corrected, mended, clean), keys
-    return [t.to(machine.device, non_blocking=True) for t in batch]
+    return [t.to(machine.device, non_blocking=True) for t in (labels, shown, target, keys)]
 
 @torch.no_grad()
-def encode_images(config, machine, tokenizer, images, most):
-    """Labels (M,) and codes (M, N) of up to `most` images, spread over the set."""
-    rows = range(0, len(images), math.ceil(len(images) / most))
-    with machine.autocast():
-        codes = [tokenizer.encode(to_float(x.to(machine.device))) for _, x in images.in_order(rows, config.eval_batch)]
-    return images.labels[torch.tensor(rows)].to(machine.device), torch.cat(codes)
-
-@torch.no_grad()
-def ar_loss(config, machine, model, labels, codes):
-    """Mean cross-entropy in nats of each position on given images: (N,)."""
-    total = 0
-    for y, z in zip(labels.split(config.eval_batch), codes.split(config.eval_batch), strict=True):
+def held_out_loss(config, machine, tokenizer, model, images, most):
+    """Mean cross-entropy in nats of each position, on up to `most` images spread over the set: (N,)."""
+    total, rows = 0, range(0, len(images), math.ceil(len(images) / most))
+    for part, pixels in images.in_order(rows, config.eval_batch):
         with machine.autocast():
-            logits = model(y, z)
-        total = total + F.cross_entropy(logits.transpose(1, 2), z, reduction="none").sum(0)
-    return total / len(codes)
+            codes = tokenizer.encode(to_float(pixels.to(machine.device)))
+            logits = model(images.labels[part].to(machine.device), codes)
+        total = total + F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").sum(0)
+    return total / len(rows)
 
 def train_ar(config, machine):
     """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
@@ -2123,7 +2110,6 @@ def train_ar(config, machine):
         return
     codes = extract_codes(config, machine, tokenizer, images)
     val = open_data(config, machine, "val", classes=images.classes)
-    held_out = encode_images(config, machine, tokenizer, val, 512)
     distributed = wrap(model, config, machine)
     progress = Progress(config, machine, "ar", start, config.ar_steps, config.ar_batch)
 
@@ -2144,9 +2130,9 @@ def train_ar(config, machine):
         done = step + 1
         if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
             if machine.rank == 0:
-                value = ar_loss(config, machine, ema or model, *held_out).mean().item()
+                value = held_out_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
                 progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
-                save_picture(samples(tokenizer, ema or model, config)[1], out / f"ar_{done:07d}.png")
+                save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
                 save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
             progress.saved(done)
 
@@ -2241,60 +2227,53 @@ def psnr(a, b):
 @torch.no_grad()
 def measure_tokenizer(config, machine, tokenizer, images, most=2000):
     """PSNR by prefix length, codebook use, and whether self-correction corrects -> {name: number}."""
-    quarters = {n for n in (config.num_tokens // 4, config.num_tokens // 2) if n in prefix_lengths(config)}
-    rows, sums, counts = range(0, len(images), math.ceil(len(images) / most)), {}, 0
-    for chunk, pixels in images.in_order(rows, config.eval_batch):
-        x, found = to_float(pixels.to(machine.device)), {}
-        past = tokenizer.encode_patches(x)
-        clean = tokenizer.quantize(past)
-        counts = counts + clean.codes.flatten().bincount(minlength=config.codebook_size)
-        for n in sorted(quarters | {*strip_lengths(config)}):   # against the full image; at the size that is decoded
-            y = tokenizer.decode(clean.codes[:, :n])
-            found[f"psnr_{n}_tokens"] = psnr(F.interpolate(y, x.shape[2:], mode="bicubic"), x)
-            found[f"psnr_{n}_tokens_at_{y.shape[-1]}px"] = psnr(y, F.interpolate(x, y.shape[2:], mode="area"))
-        keys = fold(root_key(config.seed, "eval"), torch.tensor(chunk)).to(machine.device)
+    lengths = {*strip_lengths(config), config.num_tokens // 4, config.num_tokens // 2} & {*prefix_lengths(config)}
+    rows, found, counts = range(0, len(images), math.ceil(len(images) / most)), defaultdict(list), 0
+    for part, pixels in images.in_order(rows, config.eval_batch):
+        x = to_float(pixels.to(machine.device))
+        codes = tokenizer.encode(x)
+        counts = counts + codes.flatten().bincount(minlength=config.codebook_size)
+        for n in sorted(lengths):               # against the full image; at the size that is decoded
+            y = tokenizer.decode(codes[:, :n])
+            found[f"psnr_{n}_tokens"].append(psnr(resize(y, x.shape[-1]), x))
+            found[f"psnr_{n}_tokens_at_{y.shape[-1]}px"].append(psnr(y, resize(x, y.shape[-1])))
+        keys = fold(root_key(config.seed, "eval"), torch.tensor(part)).to(machine.device)
         start, ranks = draw_noise(config, keys, config.num_tokens)
         if start is not None:
-            pair = spoil(tokenizer, past, clean, start, ranks)
-            found["psnr_spoilt_rest_kept"], found["psnr_spoilt_rest_corrected"] = (psnr(y, x) for y in pair)
-        sums = {name: sums.get(name, 0) + value.sum() for name, value in found.items()}
+            _, kept, corrected = (psnr(y, x) for y in spoil(tokenizer, x, start, ranks))
+            found["psnr_spoilt_rest_kept"].append(kept)
+            found["psnr_spoilt_rest_corrected"].append(corrected)
     p = counts / counts.sum()
-    return {"images": len(rows), **{name: round(total.item() / len(rows), 3) for name, total in sums.items()},
+    return {"images": len(rows), **{name: round(torch.cat(each).mean().item(), 3) for name, each in found.items()},
             "codebook_usage": round((counts > 0).float().mean().item(), 4),
             "codebook_perplexity": round(torch.special.entr(p).sum().exp().item(), 1)}
 
 @torch.no_grad()
 def measure_fid(config, machine, tokenizer, model, inception, val):
     """Reconstruction FID (validation images), generation FID and Inception Score, with all that defines them."""
-    def moments(count, pixels):
-        """Of `count` images: pixels(row numbers) yields (some of them, uint8 (B, 3, H, W))."""
+    def moments(count, read, change=lambda pixels: pixels):
+        """Of change(pixels) for the `count` images that read(row numbers, batch) yields: (some rows, pixels)."""
         if count < 2048:
             machine.say(f"warning: FID of {count} images is not comparable: it takes 2,048, better 50,000")
-        total = Moments(machine, count)
-        for rows, x in tqdm(pixels(range(count)[machine.rank::machine.world]), "Inception", leave=False, disable=None):
-            total.add(inception, rows, x.to(machine.device))
+        total, rows = Moments(machine, count), range(count)[machine.rank::machine.world]
+        for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=None):
+            total.add(inception, part, change(pixels.to(machine.device)))
         return total.finish(machine)
 
-    def real(images, rows):
-        return images.in_order(rows, config.eval_batch)
+    def rebuild(pixels):
+        with machine.autocast():
+            return to_uint8(tokenizer.decode(tokenizer.encode(to_float(pixels))))
 
-    def rebuilt(todo):
-        for rows, x in real(val, todo):
-            with machine.autocast():
-                yield rows, to_uint8(tokenizer.decode(tokenizer.encode(to_float(x.to(machine.device)))))
+    def drawn(rows, batch):
+        return ((part, torch.tensor(file["image"][part]).permute(0, 3, 1, 2)) for part in chunks(rows, batch))
 
-    def drawn(todo):
-        for rows in chunks(todo, config.eval_batch):
-            yield rows, torch.tensor(file["image"][rows]).permute(0, 3, 1, 2)
-
-    truth, copies = moments(len(val), functools.partial(real, val)), moments(len(val), rebuilt)
+    truth, copies = moments(len(val), val.in_order), moments(len(val), val.in_order, rebuild)
     if config.reference:
         with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
             reference, whose = (stored["mu"], stored["sigma"]), config.reference
     else:
         train = open_data(config, machine, "train")
-        whose = f"{len(train)} training images of {config.data}"
-        reference = moments(len(train), functools.partial(real, train))[:2]
+        reference, whose = moments(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"
     settings, models = sampling_settings(config), [short_hash(tokenizer), short_hash(model)]
     made_of = short_hash(models, settings, config.seed, config.eval_samples, str(machine.dtype))
     file = draw_images(Path(config.out) / f"samples-{made_of}.npy", config, machine, tokenizer, model,
@@ -2310,9 +2289,9 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
                          "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
                          "models": models, **settings}}
 
-def draw_curves(config, out, found, loss):
-    """What a run shows in curves, as pictures in its folder; `found` from measure_tokenizer, loss by position."""
-    lengths, N, G = prefix_lengths(config), config.num_tokens, config.group_size
+def draw_curves(config, found, loss):
+    """What a run shows in curves, as pictures in OUT; `found` from measure_tokenizer, loss by position."""
+    out, lengths, G = Path(config.out), prefix_lengths(config), config.group_size
     save_plot(out / "resolution.png", "side in pixels that n tokens explain", {
         "R(n)": [(n, resolution(config, n)) for n in lengths],
         "decoded at": [(n, decoder_size(config, n)) for n in lengths]})
@@ -2322,8 +2301,9 @@ def draw_curves(config, out, found, loss):
     save_plot(out / "psnr.png", "PSNR in dB of the image decoded from n tokens", {
         "held-out": [(n, found[f"psnr_{n}_tokens"]) for n in lengths if f"psnr_{n}_tokens" in found]})
     save_plot(out / "ar_loss.png", "loss in nats of code i", {
-        "each": list(enumerate(loss)), "mean of its group": [(i, sum(loss[i // G * G:][:G]) / G) for i in range(N)]})
-    log = Path(config.out) / "log.jsonl"
+        "each": list(enumerate(loss)),
+        "mean of its group": [(i, np.mean(loss[i // G * G:][:G])) for i in range(len(loss))]})
+    log = out / "log.jsonl"
     with blame(f"{log} does not fit", ": delete it"):
         records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for stage, names in (("tokenizer", ("pixel_loss", "code_loss")), ("ar", ("loss", "held_out_loss"))):
@@ -2337,25 +2317,25 @@ def evaluate(config, machine):
     model, classes = load_ar(config.ar or out / "ar.pt", tokenizer, machine.device)
     config.num_classes, G = model.config.num_classes, config.group_size
     val = open_data(config, machine, "val", classes=classes)
-    results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device), "config": asdict(config)}
-    found = results["tokenizer"] = measure_tokenizer(config, machine, tokenizer, val)
-    loss = ar_loss(config, machine, model, *encode_images(config, machine, tokenizer, val, 2000)).tolist()
+    found = measure_tokenizer(config, machine, tokenizer, val)
+    loss = held_out_loss(config, machine, tokenizer, model, val, 2000).tolist()
     groups = {f"loss_codes_{i}_to_{i + G - 1}": sum(loss[i:i + G]) / G for i in range(0, len(loss), G)}
-    results["ar"] = {"ln_V": math.log(config.codebook_size), "loss": sum(loss) / len(loss), **groups}
+    results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device),
+               "config": asdict(config), "tokenizer": found,
+               "ar": {"ln_V": math.log(config.codebook_size), "loss": sum(loss) / len(loss), **groups}}
     for part in ("tokenizer", "ar"):
         say("\n".join(f"{part:>10s}  {name:30s} {value:.6g}" for name, value in results[part].items()))
     if "psnr_spoilt_rest_kept" in found:
         say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
             f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
-        pixels = next(val.in_order(range(min(8, len(val))), 8))[1].to(machine.device)
-        codes, rows = samples(tokenizer, model, config)
-        pictures = {"samples": rows, "coarse_to_fine": coarse_to_fine(tokenizer, codes[::8]),
-                    "reconstructions": reconstructions(tokenizer, pixels),
-                    "self_correction": repairs(tokenizer, pixels)}
-        for name, rows in pictures.items():
-            save_picture(rows, out / f"{name}.png")
-        draw_curves(config, out, found, loss)
+        pixels = next(val.fetch([range(len(val))[:8]])).to(machine.device)
+        codes, rows = samples(config, machine, tokenizer, model)
+        save_picture(rows, out / "samples.png")
+        save_picture(coarse_to_fine(tokenizer, codes[::8]), out / "coarse_to_fine.png")
+        save_picture(reconstructions(tokenizer, pixels), out / "reconstructions.png")
+        save_picture(repairs(tokenizer, pixels), out / "self_correction.png")
+        draw_curves(config, found, loss)
         say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
     try:
         require(config.inception != "none", "it takes Inception's weights, --inception auto or FILE", "none")
@@ -2374,32 +2354,34 @@ def evaluate(config, machine):
 
 # == 19. Benchmark: how fast, and how far from what the machine allows =================================================
 
+def weight_bytes(module):
+    return sum(p.nbytes for p in module.parameters())
+
 class Bench:
     """Times work and prints a JSON line for each: median seconds, images/s, and the share reached of the floor: the
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
     def __init__(self, machine):
-        self.machine, self.gpu = machine, machine.device.type == "cuda"
-        (big, other), dtype = torch.zeros(2, 2**26, device=machine.device), machine.dtype    # 256 MB each
-        square = torch.ones(2048, 2048, device=machine.device, dtype=dtype)
-        self.bandwidth = 2 * big.nbytes / self.seconds(lambda: other.copy_(big))[0]         # read and written
+        self.machine, self.gpu, like = machine, machine.device.type == "cuda", {"device": machine.device}
+        big, square = torch.zeros(2, 2**26, **like), torch.ones(2048, 2048, dtype=machine.dtype, **like)
+        self.bandwidth = big.nbytes / self.seconds(lambda: big[0].copy_(big[1]))[0]     # 256 MB read, as many written
         self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square)[0]
         self.say(gpu=torch.cuda.get_device_name() if self.gpu else None, threads=torch.get_num_threads(),
-                 torch=torch.__version__, dtype=str(dtype), copy_GB_per_s=self.bandwidth / 1e9,
+                 torch=torch.__version__, dtype=str(machine.dtype), copy_GB_per_s=self.bandwidth / 1e9,
                  matmul_TFLOP_per_s=self.rate / 1e12)
 
     def say(self, **record):
         self.machine.say(json.dumps({k: float(f"{v:.4g}") if type(v) is float else v for k, v in record.items()}))
 
     def seconds(self, work):
-        """(median time of three, time of the first call, which compiles and warms up), the device waited for."""
-        times = []
+        """Median time of three, and that of the first call, which compiles and warms up; the device waited for."""
+        times = [time.perf_counter()]
         for _ in range(4):
-            start = time.perf_counter()
             work()
             if self.gpu:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return float(np.median(times[1:])), times[0]
+            times.append(time.perf_counter())
+        first, *others = np.diff(times).tolist()
+        return sorted(others)[1], first
 
     def run(self, what, batch, work, moved, **more):
         """Time work(), which makes `batch` images and has to move at least `moved` bytes -> did it fit in memory?"""
@@ -2421,8 +2403,17 @@ class Bench:
                  peak_GB=peak / 1e9, **more)
         return True
 
-def weight_bytes(module):
-    return sum(p.nbytes for p in module.parameters())
+    def train(self, what, batch, config, module, loss):
+        """Time a step of training; its optimiser reads and writes weights, gradients and moments."""
+        run, optimizers = wrap(module, config, self.machine), Optimizers(module, config.optimizer, 0.0)
+
+        def step():
+            with self.machine.autocast():
+                value = loss(run)
+            value.backward()
+            optimizers.step(0.0)
+
+        self.run(f"train {what}", len(batch), step, 10 * weight_bytes(module))
 
 def random_models(config, machine):
     """A tokenizer and an AR transformer of the settings' sizes to time, without training or checkpoint."""
@@ -2430,9 +2421,9 @@ def random_models(config, machine):
     nn.init.normal_(model.output.weight, std=0.02)          # zero at first, which draws nothing but ties
     return tokenizer.requires_grad_(False), model.requires_grad_(False)
 
-def bench_sampling(machine, tokenizer, model, batches):
+def bench_sampling(bench, tokenizer, model, batches):
     """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
-    bench, config, side = Bench(machine), model.config, tokenizer.config.image_size
+    machine, config = bench.machine, model.config
     passes = len(decoding_spans(config, config.num_tokens))
     moved = passes * (weight_bytes(model) - weight_bytes(model.code_embed))
     prepare_sampling(tokenizer, model, machine, config.compile)
@@ -2441,50 +2432,36 @@ def bench_sampling(machine, tokenizer, model, batches):
         draw = functools.partial(generate, model, torch.arange(batch) % config.num_classes, seeds=torch.arange(batch),
                                  **sampling_settings(config))
         with machine.autocast(), torch.no_grad():
-            paint = functools.partial(tokenizer.decode_vectors, tokenizer.quantizer.lookup(draw()), side)
+            paint = functools.partial(tokenizer.decode, draw())
             if not (bench.run("sample: codes", batch, draw, moved, passes=passes)
-                    and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder), image_size=side)):
+                    and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder))):
                 break
 
-def bench_training(machine, config):
-    """A step of each stage with random weights and data, the networks alone: with and without self-correction; and
-    the extraction of codes. An optimiser reads and writes weights, gradients and moments."""
-    bench, device, tokenizer, model = Bench(machine), machine.device, Tokenizer(config), ARTransformer(config)
-    tok_batch, ar_batch = config.tok_batch // machine.world, config.ar_batch // machine.world
-    images = torch.rand(tok_batch, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    keys = torch.arange(max(tok_batch, ar_batch), device=device)
-    codes = torch.zeros(ar_batch, config.num_tokens, dtype=torch.long, device=device)
-    noise = draw_noise(config, keys[:tok_batch], config.num_tokens)
+def benchmark(config, machine):
+    """Time drawing, then with random weights and data, the networks alone, a step of each stage, with and without
+    self-correction, and the extraction of codes."""
+    bench, R, N, device = Bench(machine), config.image_size, config.num_tokens, machine.device
+    batches = [4**i for i in range(7)] if bench.gpu else (1, 4, config.eval_batch)
+    bench_sampling(bench, *random_models(config, machine), batches)
+    tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
+    images = torch.rand(config.tok_batch // machine.world, 3, R, R, device=device) * 2 - 1
+    codes = torch.zeros(config.ar_batch // machine.world, N, dtype=torch.long, device=device)
+    tok_keys, ar_keys = (torch.arange(len(x), device=device) for x in (images, codes))
+    noise = draw_noise(config, tok_keys, N)
 
     def tokenizer_loss(run, *noise):
-        out = run(images, config.num_tokens, *noise)
-        return F.mse_loss(out.pixels, images.repeat(len(out.pixels) // tok_batch, 1, 1, 1)) + out.code_loss
+        out = run(images, N, *noise)
+        return out.pixels.square().mean() + out.code_loss
 
     def ar_loss(run):
-        return F.cross_entropy(run(codes[:, 0], codes, keys[:ar_batch]).flatten(0, 1), codes.flatten())
+        return F.cross_entropy(run(codes[:, 0], codes, ar_keys).transpose(1, 2), codes)
 
-    for what, batch, module, loss in (
-            ("train tokenizer, with self-correction", tok_batch, tokenizer, lambda run: tokenizer_loss(run, *noise)),
-            ("train tokenizer, without self-correction", tok_batch, tokenizer, tokenizer_loss),
-            ("train AR transformer", ar_batch, model, ar_loss)):
-        run, optimizers = wrap(module.to(device), config, machine), Optimizers(module, config.optimizer, 0.0)
-
-        def step(run=run, optimizers=optimizers, loss=loss):
-            with machine.autocast():
-                value = loss(run)
-            value.backward()
-            optimizers.step(0.0)
-
-        bench.run(what, batch, step, 10 * weight_bytes(module))
+    bench.train("tokenizer, with self-correction", images, config, tokenizer, lambda run: tokenizer_loss(run, *noise))
+    bench.train("tokenizer, without self-correction", images, config, tokenizer, tokenizer_loss)
+    bench.train("AR transformer", codes, config, model, ar_loss)
     with machine.autocast():
-        bench.run("extract codes", tok_batch, lambda: tokenizer.triples(images, keys[:tok_batch]),
-                  weight_bytes(tokenizer.encoder))
-
-def benchmark(config, machine):
-    """Time drawing, training and extraction, a JSON line for each."""
-    batches = [4**i for i in range(7)] if machine.device.type == "cuda" else (1, 4, config.eval_batch)
-    bench_sampling(machine, *random_models(config, machine), batches)
-    bench_training(machine, config)
+        extract = functools.partial(tokenizer.triples, images, tok_keys)
+        bench.run("extract codes", len(images), extract, weight_bytes(tokenizer.encoder))
 
 # == 20. Command line ==================================================================================================
 

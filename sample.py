@@ -10,6 +10,7 @@
 import argparse
 import dataclasses
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -46,9 +47,8 @@ def parse(argv):
 def class_numbers(wanted, names):
     """Class names or numbers -> numbers. Raises Refused."""
     by_name = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
-    if unknown := [w for w in wanted if w not in by_name]:
-        raise df.Refused(f"no class {', '.join(unknown)}; there are 0..{len(names) - 1}: {', '.join(names[:20])}"
-                         + (", ..." if len(names) > 20 else ""))
+    unknown, known = [w for w in wanted if w not in by_name], textwrap.shorten(", ".join(names), 250)
+    df.require(not unknown, f"classes must be among 0..{len(names) - 1}: {known}", ", ".join(unknown))
     return [by_name[w] for w in wanted]
 
 def rebuild(args, tokenizer, machine, out):
@@ -59,23 +59,21 @@ def rebuild(args, tokenizer, machine, out):
     print(f"{out / 'rebuilt.png'}: from {df.strip_lengths(tokenizer.config)} tokens, then the picture itself")
 
 def draw(args, tokenizer, model, machine, names, out):
-    """Write samples.png and coarse_to_fine.png, or the npz."""
-    classes = class_numbers(args.classes, names) if args.classes else list(range(len(names)))
-    if args.num is None and not args.npz and not args.classes:
-        classes = classes[:10]
-    count = args.num if args.num is not None else 8 * len(classes)
+    """Write samples.png and coarse_to_fine.png, or the npz. Raises Refused."""
+    shown = 10 if args.num is None and not args.npz else len(names)
+    classes = class_numbers(args.classes, names) if args.classes else list(range(len(names)))[:shown]
+    count, npz = 8 * len(classes) if args.num is None else args.num, Path(args.npz or "none")
     df.require(1 <= count <= 10**7 and args.batch >= 1, "--num and --batch must be at least 1, --num at most 10000000",
                f"{count} and {args.batch}")
     df.require(machine.world == 1 or args.npz, "several processes must draw into one file: --npz FILE", "none")
-    npz = Path(args.npz or "none")
     df.require(npz.name and not npz.is_dir(), "--npz must name a file", args.npz)
     lengths = df.prefix_lengths(model.config)
     df.require(args.tokens in (None, *lengths), f"--tokens (num_tokens) must be one of {lengths}", args.tokens)
-    turn = torch.arange(count) % len(classes)
+    turn, since = torch.arange(count) % len(classes), time.time()
     if args.random_classes:
         u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
         turn = (u * len(classes)).long()
-    labels, since = torch.tensor(classes)[turn], time.time()
+    labels = torch.tensor(classes)[turn]
     config = dataclasses.replace(model.config, seed=args.seed, eval_batch=args.batch)
     if args.npz:
         path = npz.with_suffix(f".{df.short_hash(vars(args), tokenizer, model)}.npy")   # goes on where a killed run was
@@ -84,22 +82,17 @@ def draw(args, tokenizer, model, machine, names, out):
             with df.written_whole(npz) as file:
                 np.savez(file, arr_0=drawn["image"], arr_1=drawn["label"].astype(np.int64))
             path.unlink()
-        machine.say(f"{args.npz}: arr_0 {drawn['image'].shape} uint8, arr_1 labels, {time.time() - since:.0f} s")
+        machine.say(f"{npz}: arr_0 {drawn['image'].shape} uint8, arr_1 labels, {time.time() - since:.0f} s")
         return
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
-    images, codes = [], []
-    for rows in torch.arange(count).split(args.batch):
-        with machine.autocast():
-            settings = df.sampling_settings(config) | {"seeds": args.seed + rows, "num_tokens": args.tokens}
-            codes.append(df.generate(model, labels[rows], **settings))
-            images.append(df.to_uint8(tokenizer.decode(codes[-1])).cpu())
-    images, seconds = torch.cat(images), time.time() - since
-    passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
-    print(f"{count} images of {images.shape[-1]} px in {seconds:.1f} s, {passes} passes each batch")
+    batches = df.draw_batches(config, machine, tokenizer, model, labels, range(count), args.tokens)
+    _, codes, images = zip(*batches, strict=True)
     order, columns = labels.argsort(stable=True), max(1, count // len(classes))
-    grid = df.to_float(images[order][:count // columns * columns]).unflatten(0, (-1, columns))
+    grid = df.to_float(torch.cat(images))[order][:count // columns * columns].unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
-    print(f"{out / 'samples.png'}: {', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
+    passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
+    print(f"{out / 'samples.png'}: {count} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
+          f"passes each batch: {', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
     if args.tokens in (None, config.num_tokens):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
         print(f"{out / 'coarse_to_fine.png'}: the first {min(8, count)} from {df.strip_lengths(config)} tokens")
@@ -108,7 +101,7 @@ def work(args):
     """Do what the command line asks for. Raises Refused."""
     run = Path(args.run)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
-    machine = df.start_machine(df.Config(**{k: v for k, v in given.items() if k in ("device", "dtype")}))
+    machine = df.start_machine(df.Config(**given))
     out = Path(args.out or ("samples" if args.tokenizer else run))
     if args.bench:
         df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
@@ -123,7 +116,7 @@ def work(args):
         model, names = df.load_ar(args.ar or run / "ar.pt", tokenizer, machine.device, not args.no_ema)
         model.config = dataclasses.replace(model.config, **given)
     if args.bench is not None:
-        return df.bench_sampling(machine, tokenizer, model, sorted({1, 4, args.batch}))
+        return df.bench_sampling(df.Bench(machine), tokenizer, model, sorted({1, 4, args.batch}))
     out.mkdir(parents=True, exist_ok=True)
     draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
 

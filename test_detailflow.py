@@ -3095,9 +3095,9 @@ WRONG_SAMPLE = """
 --ar {run}/tokenizer.pt | must be a checkpoint of the ar stage
 --tokenizer {run}/log.jsonl | log.jsonl does not fit
 --tokenizer {run} | a folder that holds checkpoints/*.pt
---classes dragon | no class dragon; there are 0..1: cat, dog
---classes 2 | no class 2
---classes -1 | no class -1
+--classes dragon | classes must be among 0..1: cat, dog, got dragon
+--classes 2 | 0..1: cat, dog, got 2
+--classes -1 | cat, dog, got -1
 --classes | expected at least one argument
 --num 0 | at least 1
 --num -3 | at least 1
