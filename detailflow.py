@@ -65,7 +65,6 @@ import types
 import urllib.request
 import zipfile
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -1307,61 +1306,38 @@ def chunks(items, size):
     """A sequence in lists of at most `size`."""
     return [list(items[i:i + size]) for i in range(0, len(items), size)]
 
-SHAPES = {"train": 20000, "val": 2000, "test": 2000}        # pictures in a split
+SHAPES = {"train": 20000, "val": 2000}                      # pictures in a split
+SHAPE_NAMES = ["disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair"]
 
-class Shapes(torch.utils.data.Dataset):
-    """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
-    Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part."""
-    classes = ("disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair")
-
-    def __init__(self, split="train", size=32):
-        require(split in SHAPES, f"split must be one of {', '.join(SHAPES)}", repr(split))
-        require(type(size) is int and size >= 1, "size must be a whole number of at least 1 pixel", size)
-        self.size, self.length, self.key = size, SHAPES[split], root_key(0, split)
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        require(isinstance(index, int), "an index must be a whole number", repr(index))
-        if not 0 <= index < self.length:
-            raise IndexError(f"shapes has images 0..{self.length - 1}, asked for {index}")
-        return self.draw(torch.tensor([index]))[0], index % 10
-
-    def draw(self, indices):
-        """Images number `indices`, (M,) integers -> uint8 (M, 3, size, size). Raises Refused."""
-        check(indices, "indices", ("M",), self.length - 1)
-        S, indices = self.size, indices.long()
-        u = uniform(fold(self.key, indices), 12)[..., None, None]                               # (M, 12, 1, 1)
-        y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
-        radius, turn = 0.32 + 0.08 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
-        dx, dy = x - 0.45 - 0.1 * u[:, 2], y - 0.45 - 0.1 * u[:, 3]                             # from the centre
-        distance = self.outlines((dx * turn.cos() + dy * turn.sin()) / radius,
-                                 (dy * turn.cos() - dx * turn.sin()) / radius)                  # (M, 10, S, S)
-        distance = distance.take_along_dim((indices % 10)[:, None, None, None], 1)[:, 0]        # (M, S, S)
-        inside = (0.5 - distance * radius * S).clamp(0, 1)                                      # soft over one pixel
-        a, b = (2 * math.pi * x * S / 8).sin().sign(), (2 * math.pi * y * S / 8).sin().sign()   # a period of 8 pixels
-        texture = torch.stack([0 * a, a, b, a * b])[(4 * u[:, 4, 0, 0]).long()]                 # plain, stripes, checks
-        light, dark, swap = 0.75 + 0.25 * u[:, 5], 0.1 + 0.2 * u[:, 6], u[:, 7] < 0.5
-        front = torch.where(swap, light, dark) + 0.1 * texture
-        back = torch.where(swap, dark, light) + 0.2 * (u[:, 8] - 0.5) * (y - 0.5)               # a vertical ramp
-        hue = 2 * math.pi * (u[:, 9:11] + torch.arange(3).view(3, 1, 1, 1, 1) / 3)              # (3, M, 2, 1, 1)
-        tint = 0.75 + 0.25 * hue.cos()
-        image = inside * front * tint[:, :, 0] + (1 - inside) * back * tint[:, :, 1]            # (3, M, S, S)
-        return (image.transpose(0, 1) * 255).round().clamp(0, 255).to(torch.uint8)
-
-    @staticmethod
-    def outlines(x, y):
-        """Distance to the outline of each class, roughly, negative inside: (M, S, S) twice -> (M, 10, S, S)."""
-        r, ax, ay, petals = torch.hypot(x, y), x.abs(), y.abs(), torch.cos(5 * torch.atan2(x, -y))
-        box = torch.maximum(ax, ay)
-        return torch.stack([
-            r - 0.85, (r - 0.72).abs() - 0.2, box - 0.78, (box - 0.7).abs() - 0.18,
-            torch.maximum(y - 0.7, 0.87 * ax - 0.5 * y - 0.5),
-            torch.minimum(torch.maximum(ax - 0.28, ay - 1), torch.maximum(ax - 1, ay - 0.28)),
-            r - 0.65 - 0.35 * petals, torch.maximum(ax - 1.1, ay - 0.32),
-            torch.maximum(r - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
-            torch.minimum(torch.hypot(x + 0.5, y + 0.5), torch.hypot(x - 0.5, y - 0.5)) - 0.45], dim=1)
+def draw_shapes(split, indices, S):
+    """Pictures number `indices` (M,), always the same: uint8 (M, 3, S, S). Picture i shows shape i % 10; its place,
+    size, turn and colours are the coarse part, stripes and checks of four pixels the fine part. Raises Refused."""
+    require(split in SHAPES, f"split must be one of {', '.join(SHAPES)}", repr(split))
+    check(indices, "indices", ("M",), SHAPES[split] - 1)
+    u = uniform(fold(root_key(0, split), indices), 12)[..., None, None]                     # (M, 12, 1, 1)
+    y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
+    radius, turn = 0.32 + 0.08 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
+    dx, dy = x - 0.45 - 0.1 * u[:, 2], y - 0.45 - 0.1 * u[:, 3]                             # from the centre
+    dx, dy = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
+    r, ax, ay, box = torch.hypot(dx, dy), dx.abs(), dy.abs(), torch.maximum(dx.abs(), dy.abs())
+    outlines = torch.stack([        # how far from the outline of each shape, roughly; negative inside
+        r - 0.85, (r - 0.72).abs() - 0.2, box - 0.78, (box - 0.7).abs() - 0.18,
+        torch.maximum(dy - 0.7, 0.87 * ax - 0.5 * dy - 0.5),
+        torch.minimum(torch.maximum(ax - 0.28, ay - 1), torch.maximum(ax - 1, ay - 0.28)),
+        r - 0.65 - 0.35 * torch.cos(5 * torch.atan2(dx, -dy)), torch.maximum(ax - 1.1, ay - 0.32),
+        torch.maximum(r - 0.95, 0.75 - torch.hypot(dx - 0.45, dy)),
+        torch.minimum(torch.hypot(dx + 0.5, dy + 0.5), torch.hypot(dx - 0.5, dy - 0.5)) - 0.45], dim=1)
+    distance = outlines.take_along_dim((indices % 10)[:, None, None, None], 1)[:, 0]        # (M, S, S)
+    inside = (0.5 - distance * radius * S).clamp(0, 1)                                      # soft over one pixel
+    a, b = (2 * math.pi * x * S / 8).sin().sign(), (2 * math.pi * y * S / 8).sin().sign()   # a period of 8 pixels
+    texture = torch.stack([0 * a, a, b, a * b])[(4 * u[:, 4, 0, 0]).long()]                 # plain, stripes, checks
+    light, dark, swap = 0.75 + 0.25 * u[:, 5], 0.1 + 0.2 * u[:, 6], u[:, 7] < 0.5
+    front = torch.where(swap, light, dark) + 0.1 * texture
+    back = torch.where(swap, dark, light) + 0.2 * (u[:, 8] - 0.5) * (y - 0.5)               # a vertical ramp
+    hue = 2 * math.pi * (u[:, 9:11] + torch.arange(3).view(3, 1, 1, 1, 1) / 3)              # (3, M, 2, 1, 1)
+    tint = 0.75 + 0.25 * hue.cos()
+    image = inside * front * tint[:, :, 0] + (1 - inside) * back * tint[:, :, 1]            # (3, M, S, S)
+    return (image.transpose(0, 1) * 255).round().clamp(0, 255).to(torch.uint8)
 
 def crop(image, side, share=1.0, u=None):
     """A PIL image cropped to side x side: ADM's centre crop. With four numbers u in [0, 1): the paper's crop for
@@ -1383,92 +1359,88 @@ def read_picture(path):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
-class Folder(torch.utils.data.Dataset):
-    """Images in class folders, as uint8 (3, side, side): item i is a centre crop, item (i, key) a random one.
-    With train/ and val/ (or test/) in the folder these are the splits; else every 20th image is kept for validation.
-    A broken file is named once, and the next of its class takes its place. Raises Refused: no images, a class without
-    any, or too many broken."""
-    scan = functools.cache(lambda part: torchvision.datasets.ImageFolder(part, allow_empty=True))   # once a process
-    broken = functools.cache(lambda *key: torch.zeros(key[-1], dtype=torch.bool).share_memory_())   # by all workers
-
-    def __init__(self, root, split, side, share=1.0, classes=None):
-        root, self.side, self.share = Path(root), side, share
-        require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
-        parts = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-        require(not parts or ("train" in parts and len(parts) > 1),
-                f"{root} must hold train and val (or test), or class folders alone", " and ".join(parts))
-        part = root / (parts[split != "train"] if parts else "")
-        with blame(f"no class folders in {part}: wanted {part}/CLASS/IMAGE"):
-            found = Folder.scan(part)
-        self.classes = classes or found.classes
-        unknown = sorted(set(found.classes) - set(self.classes))
-        require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
-        full, kinds = set(found.targets), " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-        empty = [name for i, name in enumerate(found.classes) if i not in full]
-        require(not empty or (full and split != "train"), f"class folders of {part} must hold images, CLASS/IMAGE, "
-                f"IMAGE being one of {kinds}", "none in " + ", ".join(empty[:5]))
-        samples = found.samples                                                         # [(path, label), ...]
-        if part == root and len(samples) >= 20:
-            samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
-        self.paths = [path for path, _ in samples]
-        number = [self.classes.index(name) for name in found.classes]
-        self.labels = torch.tensor([number[label] for _, label in samples])
-        self.broken = Folder.broken(root, split, len(samples))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def read(self, index):
-        """The picture in file number `index`, RGB; of the next of its class that can be read where that is broken."""
-        while True:
-            try:
-                return read_picture(self.paths[index])
-            except Refused as error:
-                new, self.broken[index] = not self.broken[index], True
-                count = int(self.broken.sum())
-                if new:
-                    sys.stderr.write(f"\nskipped: broken image {count} of {len(self)}: {error}\n")
-                others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
-                require(others and count <= 1 + len(self) // 100, "at most one image in a hundred, and not all of a "
-                        "class, may be broken", f"{count} of {len(self)}, the last {self.paths[index]}")
-                index = next((i for i in others if i > index), others[0])
-
-    def __getitem__(self, item):
-        index, key = item if isinstance(item, tuple) else (item, None)
-        u = None if key is None else uniform(torch.tensor([key]), 4)[0].tolist()
-        return torch.from_numpy(np.array(crop(self.read(index), self.side, self.share, u))).permute(2, 0, 1)
-
-@dataclass
 class Images:
-    """A data set: small ones resident on the device (pixels), folders streamed by worker processes (files)."""
-    labels: torch.Tensor            # (M,) int64
-    classes: list
-    pixels: torch.Tensor = None     # (M, 3, side, side) uint8
-    files: Folder = None
-    workers: int = 0
+    """A data set that lies on the device: labels (M,), class names, and pixels, uint8 (M, 3, side, side)."""
+    def __init__(self, labels, classes, pixels):
+        self.labels, self.classes, self.pixels = labels, classes, pixels
 
     def __len__(self):
         return len(self.labels)
 
     def fetch(self, batches):
-        """uint8 (B, 3, side, side) for each batch, a list of row numbers or, of a folder, of (row, key): see there."""
-        if self.pixels is not None:
-            return (self.pixels[torch.as_tensor(rows, device=self.pixels.device)] for rows in batches)
-        return iter(torch.utils.data.DataLoader(self.files, batch_sampler=batches, num_workers=self.workers,
-                                                pin_memory=torch.cuda.is_available()))
+        """uint8 (B, 3, side, side) for each batch, a list of (row number, None or four numbers in [0, 1) to vary the
+        image by). Small as these are, they are only mirrored."""
+        for batch in batches:
+            table = torch.tensor([(row, u is not None and u[0] < 0.5) for row, u in batch], device=self.pixels.device)
+            images, mirrored = self.pixels[table[:, 0]], table[:, 1] > 0
+            yield torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
     def in_order(self, rows, batch):
         """(rows, uint8 images) batch by batch, for a sequence of row numbers."""
         batches = chunks(rows, batch)
-        return zip(batches, self.fetch(batches), strict=True)
+        return zip(batches, self.fetch([(row, None) for row in rows] for rows in batches), strict=True)
+
+class Folder(Images):
+    """Images in class folders, cropped as they are read. With train/ and val/ (or test/) in the folder these are the
+    splits; else every 20th image is kept for validation. A broken file is named once, and the next of its class takes
+    its place. Raises Refused: no images, a class without any, or too many broken."""
+    def __init__(self, root, split, side, share=1.0, classes=None, workers=0):
+        self.side, self.share, self.workers = side, share, workers
+        found, self.samples, self.broken = self.scan(Path(root), split)
+        self.classes = classes or found
+        with blame(f"the {split} images of {root} must be of the classes of the training data"):
+            number = {label: self.classes.index(name) for label, name in enumerate(found)}
+        self.labels = torch.tensor([number[label] for _, label in self.samples])
+
+    @staticmethod
+    @functools.cache
+    def scan(root, split):
+        """Classes, [(path, class), ...] and which are broken: looked up once, and known to all stages and workers."""
+        require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
+        parts = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+        require(not parts or ("train" in parts and len(parts) > 1),
+                f"{root} must hold train and val (or test), or class folders alone", " and ".join(parts))
+        part = root / (parts[split != "train"] if parts else "")
+        kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+        with blame(f"{part} must hold class folders of images, CLASS/IMAGE, IMAGE being one of {kinds}"):
+            found = torchvision.datasets.ImageFolder(part, allow_empty=split != "train")
+            require(found.samples, "there must be images", "none")
+        samples = found.samples
+        if not parts and len(samples) >= 20:
+            samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
+        return found.classes, samples, torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+
+    def read(self, row):
+        """The picture in file number `row`, RGB; of the next of its class that can be read where that is broken."""
+        while True:
+            if not self.broken[row]:
+                try:
+                    return read_picture(self.samples[row][0])
+                except Refused as error:
+                    self.broken[row] = True
+                    sys.stderr.write(f"\nskipped: broken image {self.broken.sum()} of {len(self)}: {error}\n")
+            others = ((self.labels == self.labels[row]) & ~self.broken).nonzero().flatten().tolist()
+            require(others and self.broken.sum() <= 1 + len(self) // 100, "at most one image in a hundred, and not all "
+                    "of a class, may be broken", f"{self.broken.sum()} of {len(self)}, like {self.samples[row][0]}")
+            row = next((i for i in others if i > row), others[0])
+
+    def __getitem__(self, item):
+        """(row number, u of crop()) -> uint8 (3, side, side)."""
+        row, u = item
+        return torch.from_numpy(np.array(crop(self.read(row), self.side, self.share, u))).permute(2, 0, 1)
+
+    def fetch(self, batches):
+        """The same, read ahead by worker processes; varied by crop()."""
+        return iter(torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
+                                                pin_memory=torch.cuda.is_available()))
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
     side = side or config.image_size
     if config.data == "shapes":
-        drawn = Shapes(split, side)
-        pixels = torch.cat([drawn.draw(rows) for rows in torch.arange(len(drawn)).split(500)])
-        return Images(torch.arange(len(drawn)) % 10, list(drawn.classes), pixels.to(machine.device))
+        rows = torch.arange(SHAPES[split])
+        pixels = torch.cat([draw_shapes(split, some, side) for some in rows.split(500)])
+        return Images(rows % 10, SHAPE_NAMES, pixels.to(machine.device))
     if config.data == "cifar10":
         require(side == 32, "cifar10 has images of 32 pixels: image_size must be 32", side)
         source = torchvision.datasets.CIFAR10
@@ -1477,35 +1449,26 @@ def open_data(config, machine, split, side=None, share=1.0, classes=None):
             cifar = source(CACHE, train=split == "train", download=True)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
-    files = Folder(config.data, split, side, share, classes)
-    return Images(files.labels, files.classes, files=files, workers=config.workers)
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, stage, epoch, count):
-    """The order of `count` images in an epoch: (count,)."""
-    generator = torch.Generator().manual_seed(fold(root_key(seed, stage), epoch).item() & (2**63 - 1))
-    return torch.randperm(count, generator=generator)
+    return Folder(config.data, split, side, share, classes, config.workers)
 
 def batch_rows(config, machine, stage, step, batch, count):
     """This process's share of a step: rows of the data set and a key for each, (batch / world,) int64 both."""
     share = batch // machine.world
     place = step * batch + machine.rank * share + torch.arange(share)       # in the endless sequence of epochs
-    rows = [epoch_order(config.seed, stage, epoch, count)[place[place // count == epoch] % count]
-            for epoch in (place // count).unique().tolist()]
-    return torch.cat(rows), fold(root_key(config.seed, stage), place)
+    key, rows = root_key(config.seed, stage), []
+    for epoch in (place // count).unique().tolist():
+        generator = torch.Generator().manual_seed(fold(key, epoch).item() & (2**63 - 1))
+        rows.append(torch.randperm(count, generator=generator)[place[place // count == epoch] % count])
+    return torch.cat(rows), fold(key, place)
 
 def training_batches(config, machine, data, start, stop):
-    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device.
-    Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped."""
-    plans = (batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data)) for step in range(start, stop))
-    (plans, ahead), streamed = itertools.tee(plans), data.pixels is None
-    pixels = data.fetch(list(zip(*(t.tolist() for t in plan), strict=True)) if streamed else plan[0] for plan in ahead)
-    for step, x, (_, keys) in zip(range(start, stop), pixels, plans, strict=True):
-        images, keys = (t.to(machine.device, non_blocking=True) for t in (x, keys))
-        images = to_float(images)
-        if not streamed:
-            images = torch.where(uniform(keys, 1)[:, :, None, None] < 0.5, images.flip(3), images)
-        yield step, images, keys
+    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device."""
+    plans, ahead = itertools.tee(batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data))
+                                 for step in range(start, stop))
+    varied = (list(zip(rows.tolist(), uniform(keys, 4).tolist(), strict=True)) for rows, keys in ahead)
+    for step, images, (_, keys) in zip(range(start, stop), data.fetch(varied), plans, strict=True):
+        images, keys = (t.to(machine.device, non_blocking=True) for t in (images, keys))
+        yield step, to_float(images), keys
 
 # == 13. Training: what both stages share ==============================================================================
 
@@ -1546,7 +1509,7 @@ def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with blame(f"device {wanted} can't be used by {world} processes"):
         device = torch.device(wanted)
         require(device.type in ("cpu", "cuda"), "device must be auto, cpu, cuda or cuda:0, ...", wanted)
         if device.type == "cuda":
@@ -1556,8 +1519,6 @@ def start_machine(config):
         torch.zeros(1, device=device)
         if world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"device {wanted} can't be used by {world} processes ({str(error).splitlines()[0]})") from error
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return Machine(device, getattr(torch, auto if config.dtype == "auto" else config.dtype), rank, world)
 
@@ -1653,11 +1614,9 @@ def short_hash(*things):
     """16 digits that tell one set of settings and modules' weights from another."""
     digest = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, nn.Module):
-            for tensor in thing.state_dict().values():
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        else:
-            digest.update(json.dumps(thing).encode())
+        module = isinstance(thing, nn.Module)
+        for part in thing.state_dict().values() if module else [thing]:
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy() if module else json.dumps(part).encode())
     return digest.hexdigest()[:16]
 
 @contextlib.contextmanager
@@ -1665,15 +1624,13 @@ def written_whole(path):
     """A binary file to write to, that gets its name when it is whole: nobody ever sees a part. Raises Refused."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
+        with blame(f"{path} can't be written", "; what was there before is whole"), open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:        # torch.save raises the latter when a disk is full
+            os.replace(aside, path)
+    finally:
         aside.unlink(missing_ok=True)
-        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
-        raise Refused(f"{path} can't be written ({reason}); what was there before is whole") from error
 
 def save_checkpoint(path, config, stage, step, about, parts):
     """All that sample.py and a resumed run need. Raises Refused."""
@@ -1702,8 +1659,8 @@ def resume(path, config, stage, groups, about, parts):
         return 0
     state = load_checkpoint(path, stage)
     names = {f.name for f in fields(Config) if f.metadata["group"] in groups} - {"data", "tok_steps", "ar_steps"}
-    now, then = ({name: getattr(c, name) for name in ("seed", *sorted(names))} for c in (config, state["config"]))
-    now, then = now | about, then | state["about"]
+    now, then = ({name: getattr(c, name) for name in ("seed", *sorted(names))} | more
+                 for c, more in ((config, about), (state["config"], state["about"])))
     changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     require(not changed, f"{path} must be trained with the same settings and data (choose another --out, or delete it)",
             "; ".join(changed))
@@ -1718,14 +1675,14 @@ def load_model(path, stage, device="cpu", ema=True):
     of the authors' -> model, about. Raises Refused."""
     kind = Tokenizer if stage == "tokenizer" else ARTransformer
     if Path(path).is_dir():
-        model = load_official(path)
+        model, about = load_official(path), {}      # their files name no classes
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
-        return model.to(device), {}                 # their files name no classes
-    state = load_checkpoint(Path(path), stage)
-    with blame(f"{path} does not fit", ": delete it and train again"):
-        model = kind(state["config"])
-        model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
-    return model.to(device).eval().requires_grad_(False), state["about"]
+    else:
+        state = load_checkpoint(path, stage)
+        with blame(f"{path} does not fit", ": delete it and train again"):
+            model, about = kind(state["config"]), state["about"]
+            model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
+    return model.to(device).eval().requires_grad_(False), about
 
 def load_ar(path, tokenizer, device, ema=True):
     """An AR transformer that fits a tokenizer -> model, its class names (None for the authors'). Raises Refused."""
@@ -1748,64 +1705,47 @@ def fill_file(path, record, machine, images, work):
     with machine.first():
         if machine.rank == 0 and not aside.exists():
             with written_whole(aside) as file:
-                np.lib.format.write_array_header_2_0(file, {"descr": np.lib.format.dtype_to_descr(record),
-                                                            "fortran_order": False, "shape": (images,)})
-                size = file.tell() + images * record.itemsize
-                file.truncate(size)
-                if hasattr(os, "posix_fallocate"):          # take the room now: a disk that fills up later would
-                    os.posix_fallocate(file.fileno(), 0, size)          # kill us (macOS has no such call)
+                header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (images,)}
+                np.lib.format.write_array_header_2_0(file, header)
+                for _ in range(images):                     # take the room now: a mapped file that finds no more
+                    file.write(bytes(record.itemsize))      # later kills us without a word
     file = np.load(aside, mmap_mode="r+")
     todo = np.arange(images)[machine.rank::machine.world]
     todo = todo[~file["done"][todo]].tolist()
     bar = tqdm(total=len(todo), desc=path.stem, unit="image", disable=True if machine.rank else None)
-
-    def write(rows, values):
+    for rows, values in work(todo):
         for name, value in values.items():
             file[name][rows] = value.cpu().numpy()
         file.flush()                                        # first the record, then the mark
         file["done"][rows] = True
         bar.update(len(rows))
-
-    with ThreadPoolExecutor(1) as writer:                   # a GPU is at the next batch while the last is written
-        last = writer.submit(int)                           # nothing to wait for yet
-        for batch in work(todo):
-            last.result()
-            last = writer.submit(write, *batch)
-        last.result()
+    bar.close()
     file.flush()
     machine.barrier()
-    if machine.rank == 0:
-        os.replace(aside, path)
-    machine.barrier()
+    with machine.first():
+        if machine.rank == 0:
+            os.replace(aside, path)
     return np.load(path, mmap_mode="r")
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it has saved: (text, number of the signal)."""
 
 class Progress:
     """A stage's bar, its lines in OUT/log.jsonl, and when to save. Sums stay on the device until a line is due: no
-    step waits for a number. Ctrl-C and SIGTERM end the step and save; a second one ends at once."""
+    step waits for a number. Ctrl-C and SIGTERM, which guarded() notes in `asked`, end the step and save."""
+    asked = None                                        # None: no training that could end gently; 0: not asked to
+
     def __init__(self, config, machine, stage, start, steps, batch):
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
         if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
             with blame(f"{self.path} does not fit", ": delete it"):
-                lines = self.path.read_text().splitlines(keepends=True)
-                records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may tear the last line
-                records = [r for r in records if r["stage"] != stage or r["step"] <= start]
+                lines = self.path.read_text().rpartition("\n")[0].splitlines()          # a kill may tear the last line
+                records = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= start]
             with written_whole(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in records)
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
-        self.asked, self.handlers = 0, {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        """A signal came."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
+        Progress.asked = 0
 
     def write(self, step, record, text=None):
         """A line of the log; with a text, one on the screen."""
@@ -1821,8 +1761,8 @@ class Progress:
         self.bar.update()
         self.count += 1
         taken = torch.stack([v for name, v in values.items() if name.endswith("norm")]).isfinite().all().float()
-        values = {name: value.detach().nan_to_num(0, 0, 0) * taken for name, value in values.items()}
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"taken": taken}).items()}
+        for name, value in (values | {"taken": taken}).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().nan_to_num(0, 0, 0) * taken
         if done % self.config.log_every == 0 or done == self.steps:
             sums = {name: self.machine.total(value).item() / self.machine.world for name, value in self.sums.items()}
             taken = sums.pop("taken")
@@ -1840,13 +1780,12 @@ class Progress:
     def saved(self, done):
         """The checkpoint is written: leave, if that was asked for, or when all is done."""
         self.machine.barrier()
+        number = self.asked or signal.SIGTERM
         if self.leaving or done == self.steps:
             self.bar.close()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
+            Progress.asked = None
         if self.leaving and done < self.steps:
-            raise Interrupted(f"stopped after step {done} of {self.steps} of the {self.stage} stage",
-                              self.asked or signal.SIGTERM)
+            raise KeyboardInterrupt(f"stopped after step {done} of {self.steps} of the {self.stage} stage", number)
 
 # == 14. Pictures ======================================================================================================
 
@@ -2511,41 +2450,28 @@ def benchmark(config, machine):
 
 def parse(argv):
     """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes the defaults."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
-    stages = "all", "tokenizer", "ar", "eval", "bench"
-    common.add_argument("--stage", choices=stages, default="all", help="what to do; all: the next three [all]")
-    common.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
-    preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
-    parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="detailflow.py [--preset NAME] [--stage NAME] [--SETTING VALUE ...]")
-    groups = {f.metadata["group"]: None for f in fields(Config)}
-    groups = {group: parser.add_argument_group(group) for group in groups}
-    for f in fields(Config):
-        default = preset.get(f.name, f.default)
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        text = f.metadata["help"] + ("" if default == "" else f" [{default}]")
-        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **kind)
+    parser.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
+    stages = "all", "tokenizer", "ar", "eval", "bench"
+    parser.add_argument("--stage", choices=stages, default="all", help="what to do; all: the next three [all]")
+    parser.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
+    for title, members in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in members:
+            kind = {"type": f.type, "metavar": f.type.__name__}
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+            text = f.metadata["help"] + ("" if f.default == "" else " [%(default)s]")
+            group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+    preset, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**PRESETS[preset.preset])
     values = vars(parser.parse_args(argv))
     stage, table, name = (values.pop(k) for k in ("stage", "table", "preset"))
     return Config(**values | {"out": values["out"] or f"runs/{name}"}), stage, table
 
-@contextlib.contextmanager
-def alone(folder, machine):
-    """Two runs in one folder would spoil each other: the second is refused. The lock goes when we do, however."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            if machine.rank == 0:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, no worker inherits it
-        except (BlockingIOError, PermissionError):
-            raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
-        yield
-
 def run_stages(config, stage):
-    """Do what was asked for. Raises Refused."""
-    machine = start_machine(config)
+    """Do what was asked for, alone in the folder: two runs would spoil each other. Raises Refused."""
+    machine, out = start_machine(config), Path(config.out)
     for name in ("inception", "reference"):
         path = getattr(config, name)
         require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
@@ -2556,32 +2482,36 @@ def run_stages(config, stage):
         config.num_classes = 10
     elif stage != "bench":
         config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-    with alone(Path(config.out), machine):
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:                          # the lock goes when we do, however
+        if machine.rank == 0:
+            with blame(f"another run is at work in {out}", ": wait for it, or choose another --out"):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no worker inherits it
         stages = {"tokenizer": train_tokenizer, "ar": train_ar, "eval": evaluate, "bench": benchmark}
         for name in ("tokenizer", "ar", "eval") if stage == "all" else (stage,):
             stages[name](config, machine)
 
-def one_line(error):
-    """What to tell of a user's mistake, a folder that can't be made, a full disk or memory. Raises all other errors."""
-    lines = str(error).strip().splitlines() or ["out of memory"]
-    if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
-        raise error                         # a bug of ours: the traceback is wanted
-    return lines[0] if isinstance(error, RuntimeError) else re.sub(r"^[\w.]*Refused: ", "", lines[-1])  # of a worker
-
 def guarded(program, job, after_all="the same command goes on from the last checkpoint"):
-    """Run a program's job() -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted; a line says why."""
-    def terminate(number, frame):           # outside the training loops; they have a gentler way, see Progress
-        raise Interrupted("terminated", number)
+    """Run a program's job() -> exit status: 0, 2 for a user's mistake, a folder that can't be made, a full disk or
+    memory, 130 or 143 when interrupted; a line says why. Raises what else goes wrong: a bug of ours."""
+    def interrupt(number, frame):
+        """In training after the step, and when asked a second time, or elsewhere, at once."""
+        if Progress.asked != 0:
+            raise KeyboardInterrupt("interrupted", number)
+        Progress.asked = number
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, terminate)
+    Progress.asked, handlers = None, {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         job()
         return 0
     except (Refused, OSError, MemoryError, RuntimeError) as error:
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        lines, runtime = str(error).strip().splitlines() or ["out of memory"], isinstance(error, RuntimeError)
+        if runtime and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
+            raise
+        text = lines[0] if runtime else re.sub(r"^[\w.]*Refused: ", "", lines[-1])      # a worker's has a traceback
+        print(f"{program}: {text}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:
         text, number = error.args or ("interrupted", signal.SIGINT)
         print(f"\n{program}: {text}; {after_all}", file=sys.stderr)
         return 128 + number                 # as shells report it
