@@ -1431,8 +1431,8 @@ class Folder(Images):
 
     def fetch(self, batches):
         """The same, read ahead by worker processes; varied by crop()."""
-        return iter(torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
-                                                pin_memory=torch.cuda.is_available()))
+        return torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
+                                           pin_memory=torch.cuda.is_available())
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
@@ -1557,7 +1557,6 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """What trains a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers have
     Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
-
     def __init__(self, module, kind, lr, weight_decay=0.0):
         self.module, self.steps, self.bad_in_a_row = module, 0, 0
         groups = {"hidden": [], "matrices": [], "vectors": []}
@@ -1624,13 +1623,15 @@ def written_whole(path):
     """A binary file to write to, that gets its name when it is whole: nobody ever sees a part. Raises Refused."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        with blame(f"{path} can't be written", "; what was there before is whole"), open(aside, "wb") as file:
+        with open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(aside, path)
-    finally:
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:        # of a full disk torch.save makes either, with or without the other
         aside.unlink(missing_ok=True)
+        reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
+        raise Refused(f"{path} can't be written ({reason}); what was there before is whole") from error
 
 def save_checkpoint(path, config, stage, step, about, parts):
     """All that sample.py and a resumed run need. Raises Refused."""
@@ -1774,17 +1775,16 @@ class Progress:
         self.leaving = self.asked
         if self.machine.world > 1:                      # processes must agree: at every tenth step they ask each other
             asked = torch.tensor(self.asked, device=self.machine.device)
-            self.leaving = 0 if done % 10 else int(self.machine.total(asked))
+            self.leaving = 0 if done % 10 and done < self.steps else int(self.machine.total(asked))
         return done % self.config.save_every == 0 or done == self.steps or self.leaving > 0
 
     def saved(self, done):
         """The checkpoint is written: leave, if that was asked for, or when all is done."""
         self.machine.barrier()
-        number = self.asked or signal.SIGTERM
         if self.leaving or done == self.steps:
             self.bar.close()
-            Progress.asked = None
-        if self.leaving and done < self.steps:
+            number, Progress.asked = self.asked or signal.SIGTERM, None
+        if self.leaving:
             raise KeyboardInterrupt(f"stopped after step {done} of {self.steps} of the {self.stage} stage", number)
 
 # == 14. Pictures ======================================================================================================

@@ -2444,6 +2444,14 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, t
     same_weights(small, tmp_path)
 
 
+def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatch, capsys):
+    step = df.Optimizers.step
+    monkeypatch.setattr(df.Optimizers, "step", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args))
+    assert df.main(command(tmp_path, folder, tok_steps=1, disc_weight=0)) == 143
+    assert "after step 1 of 1 of the tokenizer stage; the same" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer.pt").exists() and not (tmp_path / "ar.pt").exists()
+
+
 def test_sigterm_outside_the_training_loops_says_how_to_go_on_too(small, folder, monkeypatch, capsys):
     monkeypatch.setattr(df, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
     before = signal.getsignal(signal.SIGTERM)
