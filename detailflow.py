@@ -21,10 +21,12 @@ Run       python detailflow.py                   all stages on pictures it draws
           python -m pytest -q                    the claims of this file, tested
 
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
-          size, C code dimension, D width, R image side, p patch side, P patches, T positions in a pass, h heads;
-          machine: this process's device and its share of the work (13)
+          size, C code dimension, D width (E the decoder's), R image side, S side of what is decoded, p patch side,
+          P patches, T positions in a pass, h heads
+Words     token: a place in the sequence; query: a learned input that asks the image for it; latent: the answer; code:
+          the integer it becomes; vector: that row of the codebook; machine: this process's device and share of the work
 
-Contents  1 randomness as a function    2 settings
+Contents  1 randomness as a function    2 settings (to look things up: begin at 3)
           the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
                           7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
           at its scale    11 published weights: the authors' models, SigLIP 2, LPIPS, DINO (skip it at first)
@@ -36,7 +38,8 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           where a group's tokens get their positions: rotary_table (9), ARTransformer.embed (9)
           what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (16)
           what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (15)
-          what to change: open_data (12) for other data, ARTransformer.embed (9) for text in place of classes
+          what to change: BUILT_IN, open_data (12) for other data; for one vector of a text in place of a class
+          ARTransformer.embed (9), generate (10), extract_codes (16)
 
 We follow the authors' code (ByteFlow-AI/DetailFlow) where it differs from the paper, as it made the published models,
 but for this (read it last). For speed: generation keeps a KV cache, and both passes of self-correction use the same
@@ -50,6 +53,7 @@ minutes, use Muon, revive unused codes and start queries larger; the imagenet on
 import argparse
 import contextlib
 import copy
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -324,15 +328,6 @@ def decoder_size(config, n):
     """Side of the image that the decoder paints from n tokens: R(n) rounded up to whole patches."""
     return math.ceil(resolution(config, n) / config.dec_patch_size) * config.dec_patch_size
 
-def best_prefix(config):
-    """For each decoder size the token count whose R(n) is closest to it, the longer of two equals: {size: n}."""
-    best = {}
-    for n in prefix_lengths(config):
-        size = decoder_size(config, n)
-        if size not in best or abs(resolution(config, n) - size) <= abs(resolution(config, best[size]) - size):
-            best[size] = n
-    return best
-
 def resize(images, side):
     """(B, 3, S, S) -> (B, 3, side, side): area-averaged down, or bicubic up."""
     if side == images.shape[-1]:
@@ -381,13 +376,13 @@ class Block(nn.Module):
         for layer in (self.qkv, self.out, self.fc1, self.fc2):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, past=None, mask=None):
-        """x (B, T, D) attends to itself and to `past`, keys and values of P other tokens; mask (T, P + T).
-        Returns the new x and the keys and values of its own T tokens."""
+    def forward(self, x, others=None, mask=None):
+        """x (B, T, D) attends to itself and to `others`, k and v of P other tokens; mask (T, P + T).
+        Returns the new x, and k and v of its own T tokens."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         own = (k, v)
-        if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)               # (B, h, P + T, D/h)
+        if others is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(others, own, strict=True))           # (B, h, P + T, D/h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh")), own
@@ -503,12 +498,12 @@ class Quantizer(nn.Module):
 
 # == 7. Tokenizer: encoder, self-correction, decoder (paper, Sections 3.1 to 3.3) ======================================
 
-class Correction(NamedTuple):
-    vectors: torch.Tensor   # (B, N, C) clean prefix and noisy group, both without gradient, then the re-encoded rest
-    codes: torch.Tensor     # (B, N) the same as codes: what the AR transformer is shown
-    labels: torch.Tensor    # (B, N) what it shall predict: clean codes to the end of the noise, then the re-encoded
-    error: torch.Tensor     # (B, N) quantisation error of the re-encoded tokens, 0 elsewhere
-    redone: torch.Tensor    # (B, N) bool, True where a token was re-encoded
+class Correction(NamedTuple):   # the rows of the drawing in Tokenizer.correct
+    vectors: torch.Tensor   # (B, N, C) to be decoded
+    shown: torch.Tensor     # (B, N) the same as codes: what the AR transformer is shown
+    targets: torch.Tensor   # (B, N) codes: what it shall predict
+    error: torch.Tensor     # (B, N) quantisation error of the tokens that were encoded again, 0 elsewhere
+    redone: torch.Tensor    # (B, N) bool, True where a token was encoded again
 
 class TokenizerOutput(NamedTuple):
     pixels: torch.Tensor    # (B or 2B, 3, S, S) the decoded prefix: clean sequences, then corrected ones
@@ -516,20 +511,6 @@ class TokenizerOutput(NamedTuple):
     codes: torch.Tensor     # (B, N) clean codes
     latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
     guess: torch.Tensor     # (B, teacher_width) what the first token says of the image, for alignment; or None
-
-def draw_prefix(config, key):
-    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
-    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
-    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
-    G, c, side, count = config.group_size, config.causal_num, config.image_size, config.num_tokens
-    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
-    if dynamic < config.dynamic_prob:
-        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= c + G}
-        wanted = config.min_size + small * (side - config.min_size)
-        side = min(sizes, key=lambda size: abs(size - wanted))
-        count = sizes[side]
-    n = 1 + int(where * (count - G)) if coarse < config.coarse_prob else count                  # 1..count-G, or all
-    return side, count, n if n <= c else math.ceil(n / G) * G
 
 def draw_noise(config, keys, prefix):
     """In every batch one group of each image is spoilt, or one of the first c tokens: keys (B,) -> its start (B,),
@@ -555,10 +536,10 @@ class Tokenizer(nn.Module):
         self.queries = nn.Parameter(std * torch.randn(1, N, D))           # query i asks the image for token i;
         self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
         self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
-        self.to_code = nn.Linear(D, C)
-        self.from_code = nn.Linear(C, D)                                  # a given code in the place of a query
+        self.to_latent = nn.Linear(D, C)
+        self.to_query = nn.Linear(C, D)                                  # a given vector in the place of a query
         self.quantizer = Quantizer(config.codebook_size, C, config.commit_weight)
-        self.code_embed = nn.Linear(C, E)
+        self.vector_embed = nn.Linear(C, E)
         self.code_positions = nn.Parameter(std * torch.randn(1, N, E))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, E))
         self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid,
@@ -573,29 +554,30 @@ class Tokenizer(nn.Module):
     # -- Encoder. Patches never look at queries: what they are in each layer serves both passes of self-correction --
 
     def encode_patches(self, images):
-        """(B, 3, H, W) in [-1, 1] -> keys and values of the patches in each layer: all that queries read."""
-        x, past = self.encoder.embed(images), []                                                # (B, P, D)
+        """(B, 3, H, W) in [-1, 1] -> k and v of the patches in each layer: all that queries read of them."""
+        x, patches = self.encoder.embed(images), []                                             # (B, P, D)
         for block in self.encoder.blocks:
-            x, keys_values = block(x)
-            past.append(keys_values)
-        return past
+            x, kv = block(x)
+            patches.append(kv)
+        return patches
 
-    def encode_queries(self, queries, past):
+    def encode_queries(self, queries, patches):
         """Queries (B, T, D) see all patches and the queries that the mask allows -> latents (B, T, C)."""
-        T, P = queries.shape[1], past[0][0].shape[2]
+        T, P = queries.shape[1], patches[0][0].shape[2]
         x = queries + self.query_positions[:, :T]
         mask = torch.cat([self.mask.new_ones(T, P), self.mask[:T, :T]], dim=1)                  # (T, P + T)
-        for block, keys_values in zip(self.encoder.blocks, past, strict=True):
-            x, _ = block(x, keys_values, mask)
-        return self.to_code(self.encoder.norm(x))
+        for block, kv in zip(self.encoder.blocks, patches, strict=True):
+            x, _ = block(x, kv, mask)
+        return self.to_latent(self.encoder.norm(x))
 
-    def quantize(self, past, count=None):
+    def quantize(self, patches, count=None):
         """The clean pass: all learned queries, or the first `count` -> Quantized."""
-        return self.quantizer(self.encode_queries(self.queries[:, :count].expand(len(past[0][0]), -1, -1), past))
+        queries = self.queries[:, :count].expand(len(patches[0][0]), -1, -1)                    # (B, N, D)
+        return self.quantizer(self.encode_queries(queries, patches))
 
     # -- Self-correction --
 
-    def correct(self, past, clean, start, ranks):
+    def correct(self, patches, clean, start, ranks):
         """Spoil one group of codes and let the encoder make the best of it in the rest (paper, Section 3.3).
 
         start (B,): where the noise begins; below c it spoils one token, else a whole group. ranks (B, G): which of
@@ -606,8 +588,8 @@ class Tokenizer(nn.Module):
             queries    a0  a1  x2  x3  q4  q5  q6  q7      given codes (x: spoilt), then "retry" queries
             gradient    -   -   -   -   +   +   +   +      given codes are constants
             vectors    a0  a1  x2  x3  b4  b5  b6  b7      must decode to the image all the same: b repairs x
-            codes      a0  a1  x2  x3  b4  b5  b6  b7      what a sampler may have drawn so far ...
-            labels     a0  a1  a2  a3  b4  b5  b6  b7      ... and what it should have drawn, or should draw now
+            shown      a0  a1  x2  x3  b4  b5  b6  b7      what a sampler may have drawn so far ...
+            targets    a0  a1  a2  a3  b4  b5  b6  b7      ... and what it should have drawn, or should draw now
         """
         c, G, N = self.config.causal_num, self.config.group_size, clean.codes.shape[1]
         position, start = torch.arange(N, device=start.device)[None], start[:, None]            # (1, N), (B, 1)
@@ -620,10 +602,10 @@ class Tokenizer(nn.Module):
 
         given = self.quantizer.lookup(codes).detach()                                           # (B, N, C), no gradient
         again = self.quantizer(self.encode_queries(
-            torch.where(redone[..., None], self.retry_queries[:, :N], self.from_code(given)), past))
+            torch.where(redone[..., None], self.retry_queries[:, :N], self.to_query(given)), patches))
         return Correction(vectors=torch.where(redone[..., None], again.vectors, given),
-                          codes=torch.where(redone, again.codes, codes),
-                          labels=torch.where(redone, again.codes, clean.codes),
+                          shown=torch.where(redone, again.codes, codes),
+                          targets=torch.where(redone, again.codes, clean.codes),
                           error=again.error * redone, redone=redone)
 
     # -- Decoder --
@@ -633,7 +615,7 @@ class Tokenizer(nn.Module):
         canvas becomes are patches -> pixels (B, 3, size, size), nominally in [-1, 1]."""
         n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
-        x = torch.cat([canvas, self.code_embed(vectors) + self.code_positions[:, :n]], dim=1)   # (B, side^2 + n, E)
+        x = torch.cat([canvas, self.vector_embed(vectors) + self.code_positions[:, :n]], dim=1)   # (B, side^2 + n, E)
         x = self.to_pixels(self.decoder(x)[:, :side * side])
         return unpatchify(x, self.config.dec_patch_size).float()
 
@@ -641,11 +623,11 @@ class Tokenizer(nn.Module):
 
     def forward(self, images, prefix, start=None, ranks=None, count=None):
         """A training pass: the first `prefix` of N [count] tokens decoded; with `start`, also self-corrected."""
-        past = self.encode_patches(images)
-        clean = self.quantize(past, count)
+        patches = self.encode_patches(images)
+        clean = self.quantize(patches, count)
         vectors, code_loss = clean.vectors, clean.error.mean()
         if start is not None:
-            fixed = self.correct(past, clean, start, ranks)
+            fixed = self.correct(patches, clean, start, ranks)
             vectors = torch.cat([vectors, fixed.vectors])                                       # (2B, N, C)
             # The mean over all tokens that were encoded: N in the first pass, those after the noise in the second.
             tokens = clean.codes.shape[1] + fixed.redone.sum(1)
@@ -675,14 +657,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def triples(self, images, keys):
-        """Codes for the AR stage, as in Correction: (B, 3, R, R), keys (B,) -> (B, 3, N) clean, shown, labels."""
-        past = self.encode_patches(images)
-        clean = self.quantize(past)
+        """Codes for the AR stage, as in Correction: (B, 3, R, R), keys (B,) -> (B, 3, N) clean, shown, targets."""
+        patches = self.encode_patches(images)
+        clean = self.quantize(patches)
         start, ranks = draw_noise(self.config, keys, self.config.num_tokens)
         if start is None:
             return torch.stack([clean.codes] * 3, dim=1)
-        fixed = self.correct(past, clean, start, ranks)
-        return torch.stack([clean.codes, fixed.codes, fixed.labels], dim=1)
+        fixed = self.correct(patches, clean, start, ranks)
+        return torch.stack([clean.codes, fixed.shown, fixed.targets], dim=1)
 
 # == 8. Adversarial loss (optional): what decoded images lack, a discriminator learns to see ===========================
 
@@ -698,14 +680,14 @@ class Discriminator(nn.Module):
     def augment(self, images, key, weak):
         return images
 
-    def judge(self, images, key, weak=True):
+    def scores(self, images, key, weak=True):
         """Scores in float32 of images (B, 3, S, S), augmented by a key (1,)."""
         return self.score(self.augment(images, fold(key, 0), weak), fold(key, 1)).float()
 
     def forward(self, real, fake, key):
         """Scores of real and fake images weakly augmented and, where consistency is wanted, strongly."""
         views = [(real, 0, True), (fake, 1, True), (real, 2, False), (fake, 3, False)]
-        return [self.judge(x, fold(key, i), weak) for x, i, weak in views if weak or self.consistency]
+        return [self.scores(x, fold(key, i), weak) for x, i, weak in views if weak or self.consistency]
 
     def loss(self, scores, weight, machine):
         """Hinge, plus LeCam: real scores are kept from running far above the usual fake one, and vice versa. The
@@ -933,22 +915,27 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
         codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
 
+def pack_linear(*modules):
+    """For speed alone, on a CPU: linear layers with their weights, as they are now, in the blocked order of oneDNN. The
+    few rows of a pass read them much faster so, and reading them is most of the time that a pass takes."""
+    op = torch.ops.mkldnn
+    if torch.backends.mkldnn.is_available() and hasattr(op, "_linear_pointwise"):
+        for layer in (m for module in modules for m in module.modules() if type(m) is nn.Linear):
+            packed = op._reorder_linear_weight(layer.weight.detach())
+            layer.forward = functools.partial(op._linear_pointwise, W=packed, B=layer.bias, attr="none", scalars=[],
+                                              algorithm="")
+
 def prepare_sampling(tokenizer, model, machine, compiled):
-    """For speed alone, once training is over: weights in the dtype that is computed in, and a faster way to run them.
-    GPU, compiled: passes of generate() and the decoder as CUDA graphs, where launching hundreds of small kernels would
-    cost more than they do. CPU: linear layers with their weights in the blocked order of oneDNN, in which the few rows
-    of a pass read them much faster; reading them is most of the time a pass takes."""
-    op, packable = torch.ops.mkldnn, torch.backends.mkldnn.is_available() and machine.dtype == torch.float32
+    """For speed alone, once training is over: weights in the dtype that is computed in; on a CPU packed; on a GPU,
+    compiled, passes of generate() and the decoder as CUDA graphs of hundreds of small kernels, which would take longer
+    to launch than to run."""
     for p in model.parameters():                        # (the table of angles stays float32)
         p.data = p.data.to(machine.dtype)
-    if machine.device.type == "cuda" and compiled:
+    if machine.device.type == "cpu" and machine.dtype == torch.float32:
+        pack_linear(model, tokenizer.decoder)
+    elif machine.device.type == "cuda" and compiled:
         graph = functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)
         model.step, tokenizer.decode_vectors = graph(model.step), graph(tokenizer.decode_vectors)
-    elif machine.device.type == "cpu" and packable and hasattr(op, "_linear_pointwise"):
-        for m in (*model.modules(), *tokenizer.decoder.modules()):
-            if type(m) is nn.Linear:
-                m.forward = functools.partial(op._linear_pointwise, W=op._reorder_linear_weight(m.weight.detach()),
-                                              B=m.bias, attr="none", scalars=[], algorithm="")
 
 # == 11. Published weights: the authors' checkpoints, and the networks that training at the paper's scale leans on =====
 
@@ -1002,8 +989,8 @@ TOKENIZER_NAMES = [
     (r"^(encoder|decoder)\.", r"\1.visual_model."), (r"^queries$", "encoder.latent_tokens"),
     (r"^retry_queries$", "encoder.refined_tokens"), (r"^query_positions$", "encoder.latent_pos_embed"),
     (r"^code_positions$", "decoder.latent_pos_embed"), (r"^mask_token$", "decoder.mask_token"),
-    (r"^quantizer\.codebook$", "quantize.embedding.weight"), (r"^to_code\.", "quant_conv."),
-    (r"^from_code\.", "refine_conv."), (r"^code_embed\.", "post_quant_conv."),
+    (r"^quantizer\.codebook$", "quantize.embedding.weight"), (r"^to_latent\.", "quant_conv."),
+    (r"^to_query\.", "refine_conv."), (r"^vector_embed\.", "post_quant_conv."),
     (r"^to_pixels\.", "decoder.to_pixel.model."), (r"^align_head\.", "global_token_proj."), *SIGLIP_NAMES]
 AR_NAMES = [
     (r"^class_embed\.", "cls_embedding.embedding_table."), (r"^code_embed\.", "tok_embeddings."),
@@ -1184,8 +1171,8 @@ class LPIPS(nn.Module):
         self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
 
     def features(self, images):
-        """Yields the five stages' outputs at unit length. Poolings need 32 pixels: smaller is enlarged."""
-        x = standardise(images if images.shape[-1] >= 32 else F.interpolate(images, (32, 32), mode="bilinear"))
+        """Yields the five stages' outputs at unit length. Poolings need 16 pixels: smaller is enlarged."""
+        x = standardise(images if images.shape[-1] >= 16 else F.interpolate(images, (16, 16), mode="bilinear"))
         for stage in self.stages:
             x = stage(x)
             yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
@@ -1278,7 +1265,7 @@ class DinoDiscriminator(Discriminator):
 
 # == 12. Data ==========================================================================================================
 
-BUILT_IN = "shapes", "cifar10"                      # small sets, kept on the device; all else is a folder
+BUILT_IN = {"shapes": 10, "cifar10": 10}            # small sets and their classes; all else is a folder
 Image.MAX_IMAGE_PIXELS = None                       # huge pictures are welcome
 
 def to_float(pixels):
@@ -1293,11 +1280,11 @@ def chunks(items, size):
     """A sequence in lists of at most `size`."""
     return [list(items[i:i + size]) for i in range(0, len(items), size)]
 
-SHAPES = {"train": 20000, "val": 2000, "test": 2000}        # pictures in a split
+SHAPES = {"train": 20000, "val": 2000}                      # pictures in a split
 
 class Shapes(torch.utils.data.Dataset):
-    """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same.
-    Place, size, turn and colours are the coarse part of an image, stripes and checks of four pixels the fine part."""
+    """Ten shapes drawn by the program: item i is (uint8 image (3, size, size), label i % 10), always the same. Place,
+    size, turn and colours are the coarse part of a picture, stripes and checks of four pixels the fine part."""
     classes = ("disc", "ring", "square", "frame", "triangle", "cross", "flower", "bar", "crescent", "pair")
 
     def __init__(self, split="train", size=32):
@@ -1309,22 +1296,28 @@ class Shapes(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        require(isinstance(index, int), "an index must be a whole number", repr(index))
-        if not 0 <= index < self.length:
-            raise IndexError(f"shapes has images 0..{self.length - 1}, asked for {index}")
+        if not isinstance(index, int) or not 0 <= index < self.length:
+            raise IndexError(f"an index must be a whole number in 0..{self.length - 1}, got {index!r}")
         return self.draw(torch.tensor([index]))[0], index % 10
 
     def draw(self, indices):
-        """Images number `indices`, (M,) integers -> uint8 (M, 3, size, size). Raises Refused."""
+        """Pictures number `indices` (M,) -> uint8 (M, 3, size, size). Raises Refused."""
         check(indices, "indices", ("M",), self.length - 1)
         S, indices = self.size, indices.long()
-        u = uniform(fold(self.key, indices), 12)[..., None, None]                               # (M, 12, 1, 1)
+        u = uniform(fold(self.key, indices), 12)[..., None, None]                     # (M, 12, 1, 1)
         y, x = torch.meshgrid(*[(torch.arange(S) + 0.5) / S] * 2, indexing="ij")                # (S, S) in 0..1
         radius, turn = 0.32 + 0.08 * u[:, 0], 0.3 * (u[:, 1] - 0.5)
         dx, dy = x - 0.45 - 0.1 * u[:, 2], y - 0.45 - 0.1 * u[:, 3]                             # from the centre
-        distance = self.outlines((dx * turn.cos() + dy * turn.sin()) / radius,
-                                 (dy * turn.cos() - dx * turn.sin()) / radius)                  # (M, 10, S, S)
-        distance = distance.take_along_dim((indices % 10)[:, None, None, None], 1)[:, 0]        # (M, S, S)
+        dx, dy = (dx * turn.cos() + dy * turn.sin()) / radius, (dy * turn.cos() - dx * turn.sin()) / radius
+        r, ax, ay, box = torch.hypot(dx, dy), dx.abs(), dy.abs(), torch.maximum(dx.abs(), dy.abs())
+        outlines = torch.stack([        # how far from the outline of each shape, roughly; negative inside
+            r - 0.85, (r - 0.72).abs() - 0.2, box - 0.78, (box - 0.7).abs() - 0.18,
+            torch.maximum(dy - 0.7, 0.87 * ax - 0.5 * dy - 0.5),
+            torch.minimum(torch.maximum(ax - 0.28, ay - 1), torch.maximum(ax - 1, ay - 0.28)),
+            r - 0.65 - 0.35 * torch.cos(5 * torch.atan2(dx, -dy)), torch.maximum(ax - 1.1, ay - 0.32),
+            torch.maximum(r - 0.95, 0.75 - torch.hypot(dx - 0.45, dy)),
+            torch.minimum(torch.hypot(dx + 0.5, dy + 0.5), torch.hypot(dx - 0.5, dy - 0.5)) - 0.45], dim=1)
+        distance = outlines.take_along_dim((indices % 10)[:, None, None, None], 1)[:, 0]        # (M, S, S)
         inside = (0.5 - distance * radius * S).clamp(0, 1)                                      # soft over one pixel
         a, b = (2 * math.pi * x * S / 8).sin().sign(), (2 * math.pi * y * S / 8).sin().sign()   # a period of 8 pixels
         texture = torch.stack([0 * a, a, b, a * b])[(4 * u[:, 4, 0, 0]).long()]                 # plain, stripes, checks
@@ -1335,19 +1328,6 @@ class Shapes(torch.utils.data.Dataset):
         tint = 0.75 + 0.25 * hue.cos()
         image = inside * front * tint[:, :, 0] + (1 - inside) * back * tint[:, :, 1]            # (3, M, S, S)
         return (image.transpose(0, 1) * 255).round().clamp(0, 255).to(torch.uint8)
-
-    @staticmethod
-    def outlines(x, y):
-        """Distance to the outline of each class, roughly, negative inside: (M, S, S) twice -> (M, 10, S, S)."""
-        r, ax, ay, petals = torch.hypot(x, y), x.abs(), y.abs(), torch.cos(5 * torch.atan2(x, -y))
-        box = torch.maximum(ax, ay)
-        return torch.stack([
-            r - 0.85, (r - 0.72).abs() - 0.2, box - 0.78, (box - 0.7).abs() - 0.18,
-            torch.maximum(y - 0.7, 0.87 * ax - 0.5 * y - 0.5),
-            torch.minimum(torch.maximum(ax - 0.28, ay - 1), torch.maximum(ax - 1, ay - 0.28)),
-            r - 0.65 - 0.35 * petals, torch.maximum(ax - 1.1, ay - 0.32),
-            torch.maximum(r - 0.95, 0.75 - torch.hypot(x - 0.45, y)),
-            torch.minimum(torch.hypot(x + 0.5, y + 0.5), torch.hypot(x - 0.5, y - 0.5)) - 0.45], dim=1)
 
 def crop(image, side, share=1.0, u=None):
     """A PIL image cropped to side x side: ADM's centre crop. With four numbers u in [0, 1): the paper's crop for
@@ -1369,92 +1349,89 @@ def read_picture(path):
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
-class Folder(torch.utils.data.Dataset):
-    """Images in class folders, as uint8 (3, side, side): item i is a centre crop, item (i, key) a random one.
-    With train/ and val/ (or test/) in the folder these are the splits; else every 20th image is kept for validation.
-    A broken file is named once, and the next of its class takes its place. Raises Refused: no images, a class without
-    any, or too many broken."""
-    scan = functools.cache(lambda part: torchvision.datasets.ImageFolder(part, allow_empty=True))   # once a process
-    broken = functools.cache(lambda *key: torch.zeros(key[-1], dtype=torch.bool).share_memory_())   # by all workers
-
-    def __init__(self, root, split, side, share=1.0, classes=None):
-        root, self.side, self.share = Path(root), side, share
-        require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
-        parts = [name for name in ("train", "val", "test") if (root / name).is_dir()]
-        require(not parts or ("train" in parts and len(parts) > 1),
-                f"{root} must hold train and val (or test), or class folders alone", " and ".join(parts))
-        part = root / (parts[split != "train"] if parts else "")
-        with blame(f"no class folders in {part}: wanted {part}/CLASS/IMAGE"):
-            found = Folder.scan(part)
-        self.classes = classes or found.classes
-        unknown = sorted(set(found.classes) - set(self.classes))
-        require(not unknown, f"{part} must have the classes of the training data", ", ".join(unknown[:5]))
-        full, kinds = set(found.targets), " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-        empty = [name for i, name in enumerate(found.classes) if i not in full]
-        require(not empty or (full and split != "train"), f"class folders of {part} must hold images, CLASS/IMAGE, "
-                f"IMAGE being one of {kinds}", "none in " + ", ".join(empty[:5]))
-        samples = found.samples                                                         # [(path, label), ...]
-        if part == root and len(samples) >= 20:
-            samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
-        self.paths = [path for path, _ in samples]
-        number = [self.classes.index(name) for name in found.classes]
-        self.labels = torch.tensor([number[label] for _, label in samples])
-        self.broken = Folder.broken(root, split, len(samples))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def read(self, index):
-        """The picture in file number `index`, RGB; of the next of its class that can be read where that is broken."""
-        while True:
-            try:
-                return read_picture(self.paths[index])
-            except Refused as error:
-                new, self.broken[index] = not self.broken[index], True
-                count = int(self.broken.sum())
-                if new:
-                    sys.stderr.write(f"\nskipped: broken image {count} of {len(self)}: {error}\n")
-                others = ((self.labels == self.labels[index]) & ~self.broken).nonzero().flatten().tolist()
-                require(others and count <= 1 + len(self) // 100, "at most one image in a hundred, and not all of a "
-                        "class, may be broken", f"{count} of {len(self)}, the last {self.paths[index]}")
-                index = next((i for i in others if i > index), others[0])
-
-    def __getitem__(self, item):
-        index, key = item if isinstance(item, tuple) else (item, None)
-        u = None if key is None else uniform(torch.tensor([key]), 4)[0].tolist()
-        return torch.from_numpy(np.array(crop(self.read(index), self.side, self.share, u))).permute(2, 0, 1)
-
-@dataclass
 class Images:
-    """A data set: small ones resident on the device (pixels), folders streamed by worker processes (files)."""
-    labels: torch.Tensor            # (M,) int64
-    classes: list
-    pixels: torch.Tensor = None     # (M, 3, side, side) uint8
-    files: Folder = None
-    workers: int = 0
+    """A data set that lies on the device: labels (M,), class names, and pixels, uint8 (M, 3, side, side)."""
+    def __init__(self, labels, classes, pixels):
+        self.labels, self.classes, self.pixels = labels, classes, pixels
 
     def __len__(self):
         return len(self.labels)
 
     def fetch(self, batches):
-        """uint8 (B, 3, side, side) for each batch, a list of row numbers or, of a folder, of (row, key): see there."""
-        if self.pixels is not None:
-            return (self.pixels[torch.as_tensor(rows, device=self.pixels.device)] for rows in batches)
-        return iter(torch.utils.data.DataLoader(self.files, batch_sampler=batches, num_workers=self.workers,
-                                                pin_memory=torch.cuda.is_available()))
+        """uint8 (B, 3, side, side) for each batch, a list of (row number, None or four numbers in [0, 1) to vary the
+        image by). Small as these are, they are only mirrored."""
+        for batch in batches:
+            table = torch.tensor([(row, u is not None and u[0] < 0.5) for row, u in batch])     # (B, 2)
+            rows, mirrored = table.to(self.pixels.device, non_blocking=True).T[..., None, None, None]
+            images = self.pixels[rows[:, 0, 0, 0]]
+            yield torch.where(mirrored > 0, images.flip(3), images)
 
     def in_order(self, rows, batch):
         """(rows, uint8 images) batch by batch, for a sequence of row numbers."""
         batches = chunks(rows, batch)
-        return zip(batches, self.fetch(batches), strict=True)
+        return zip(batches, self.fetch([(row, None) for row in rows] for rows in batches), strict=True)
+
+class Folder(Images):
+    """Images in class folders, cropped as they are read. With train/ and val/ (or test/) in the folder these are the
+    splits; else every 20th image is kept for validation. A broken file is named once, and the next of its class takes
+    its place. Raises Refused: no images, a class without any, or too many broken."""
+    def __init__(self, root, split, side, share=1.0, classes=None, workers=0):
+        self.side, self.share, self.workers = side, share, workers
+        found, self.samples, self.broken = self.scan(Path(root), split)
+        self.classes = classes or found
+        with blame(f"the {split} images of {root} must be of the classes of the training data"):
+            number = {label: self.classes.index(name) for label, name in enumerate(found)}
+        self.labels = torch.tensor([number[label] for _, label in self.samples])
+
+    @staticmethod
+    @functools.cache
+    def scan(root, split):
+        """Classes, [(path, class), ...] and which are broken: looked up once, and known to all stages and workers."""
+        require(root.is_dir(), "--data must be shapes, cifar10 or a folder of images in class folders", root)
+        parts = [name for name in ("train", "val", "test") if (root / name).is_dir()]
+        require(not parts or ("train" in parts and len(parts) > 1),
+                f"{root} must hold train and val (or test), or class folders alone", " and ".join(parts))
+        part = root / (parts[split != "train"] if parts else "")
+        kinds = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+        with blame(f"{part} must hold class folders of images, CLASS/IMAGE, IMAGE being one of {kinds}"):
+            found = torchvision.datasets.ImageFolder(part, allow_empty=split != "train")
+            require(found.samples, "there must be images", "none")
+        samples = found.samples
+        if not parts and len(samples) >= 20:
+            samples = [s for i, s in enumerate(samples) if (i % 20 == 19) == (split == "val")]
+        return found.classes, samples, torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+
+    def read(self, row):
+        """The picture in file number `row`, RGB; of the next of its class that can be read where that is broken."""
+        while True:
+            if not self.broken[row]:
+                try:
+                    return read_picture(self.samples[row][0])
+                except Refused as error:
+                    self.broken[row] = True
+                    sys.stderr.write(f"\nskipped: broken image {self.broken.sum()} of {len(self)}: {error}\n")
+            others = ((self.labels == self.labels[row]) & ~self.broken).nonzero().flatten().tolist()
+            require(others and self.broken.sum() <= 1 + len(self) // 100, "at most one image in a hundred, and not all "
+                    "of a class, may be broken", f"{self.broken.sum()} of {len(self)}, like {self.samples[row][0]}")
+            row = next((i for i in others if i > row), others[0])
+
+    def __getitem__(self, item):
+        """(row number, u of crop()) -> uint8 (3, side, side)."""
+        row, u = item
+        return torch.from_numpy(np.array(crop(self.read(row), self.side, self.share, u))).permute(2, 0, 1)
+
+    def fetch(self, batches):
+        """The same, read ahead by worker processes; varied by crop()."""
+        return torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
+                                           pin_memory=torch.cuda.is_available())
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
     side = side or config.image_size
     if config.data == "shapes":
-        drawn = Shapes(split, side)
-        pixels = torch.cat([drawn.draw(rows) for rows in torch.arange(len(drawn)).split(500)])
-        return Images(torch.arange(len(drawn)) % 10, list(drawn.classes), pixels.to(machine.device))
+        drawn, rows = Shapes(split, side), torch.arange(SHAPES[split])
+        pixels = torch.cat([drawn.draw(some) for some in rows.split(500)])
+        return Images(rows % 10, list(drawn.classes), pixels.to(machine.device))
     if config.data == "cifar10":
         require(side == 32, "cifar10 has images of 32 pixels: image_size must be 32", side)
         source = torchvision.datasets.CIFAR10
@@ -1463,35 +1440,29 @@ def open_data(config, machine, split, side=None, share=1.0, classes=None):
             cifar = source(CACHE, train=split == "train", download=True)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
-    files = Folder(config.data, split, side, share, classes)
-    return Images(files.labels, files.classes, files=files, workers=config.workers)
+    return Folder(config.data, split, side, share, classes, config.workers)
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed, stage, epoch, count):
-    """The order of `count` images in an epoch: (count,)."""
-    generator = torch.Generator().manual_seed(fold(root_key(seed, stage), epoch).item() & (2**63 - 1))
-    return torch.randperm(count, generator=generator)
+def epoch_order(key, count):
+    """The order of `count` images in the epoch that has this key, an int: (count,)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key & (2**63 - 1)))
 
 def batch_rows(config, machine, stage, step, batch, count):
     """This process's share of a step: rows of the data set and a key for each, (batch / world,) int64 both."""
-    share = batch // machine.world
+    share, key = batch // machine.world, root_key(config.seed, stage)
     place = step * batch + machine.rank * share + torch.arange(share)       # in the endless sequence of epochs
-    rows = [epoch_order(config.seed, stage, epoch, count)[place[place // count == epoch] % count]
+    rows = [epoch_order(fold(key, epoch).item(), count)[place[place // count == epoch] % count]
             for epoch in (place // count).unique().tolist()]
-    return torch.cat(rows), fold(root_key(config.seed, stage), place)
+    return torch.cat(rows), fold(key, place)
 
 def training_batches(config, machine, data, start, stop):
-    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device.
-    Files are cropped at random and flipped as they are read; resident sets, small as they are, are only flipped."""
-    plans = (batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data)) for step in range(start, stop))
-    (plans, ahead), streamed = itertools.tee(plans), data.pixels is None
-    pixels = data.fetch(list(zip(*(t.tolist() for t in plan), strict=True)) if streamed else plan[0] for plan in ahead)
-    for step, x, (_, keys) in zip(range(start, stop), pixels, plans, strict=True):
-        images, keys = (t.to(machine.device, non_blocking=True) for t in (x, keys))
-        images = to_float(images)
-        if not streamed:
-            images = torch.where(uniform(keys, 1)[:, :, None, None] < 0.5, images.flip(3), images)
-        yield step, images, keys
+    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device."""
+    plans, ahead = itertools.tee(batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data))
+                                 for step in range(start, stop))
+    varied = (list(zip(rows.tolist(), uniform(keys, 4).tolist(), strict=True)) for rows, keys in ahead)
+    for step, images, (_, keys) in zip(range(start, stop), data.fetch(varied), plans, strict=True):
+        images, keys = (t.to(machine.device, non_blocking=True) for t in (images, keys))
+        yield step, to_float(images), keys
 
 # == 13. Training: what both stages share ==============================================================================
 
@@ -1514,9 +1485,11 @@ class Machine(NamedTuple):
         """Rank 0 goes through the block before the others do."""
         if self.rank:
             self.barrier()
-        yield
-        if not self.rank:
-            self.barrier()
+        try:
+            yield
+        finally:                            # also when it failed: then the others will fail alike
+            if not self.rank and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                self.barrier()
 
     def total(self, tensor):
         """Sum over all processes, in place."""
@@ -1532,26 +1505,25 @@ def start_machine(config):
     """Choose device and precision; under torchrun join the other processes. Raises Refused."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     wanted = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with blame(f"device {wanted} can't be used by {world} processes"):
         device = torch.device(wanted)
         require(device.type in ("cpu", "cuda"), "device must be auto, cpu, cuda or cuda:0, ...", wanted)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
-            torch.set_float32_matmul_precision("high")
         torch.zeros(1, device=device)
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"device {wanted} can't be used by {world} processes ({str(error).splitlines()[0]})") from error
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1))    # of waiting for a download, say
     auto = "bfloat16" if device.type == "cuda" else "float32"
     return Machine(device, getattr(torch, auto if config.dtype == "auto" else config.dtype), rank, world)
 
-def learning_rate(step, steps, warmup, peak, first, last):
-    """Linear from `first` to `peak` in `warmup` steps, then cosine to `last`, counted from step 0 as the authors do."""
+def learning_rate(step, steps, warmup, peak, first, last, start=0):
+    """Linear from `first` to `peak` in `warmup` steps; then a cosine to `last`, counted from step `start`: in the
+    authors' code 0 for the tokenizer, the end of the warm-up for the AR transformer."""
     if step < warmup:
         return first + (peak - first) * step / warmup
-    return last + (peak - last) * (1 + math.cos(math.pi * step / steps)) / 2
+    return last + (peak - last) * (1 + math.cos(math.pi * (step - start) / max(steps - start, 1))) / 2
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps on matrices are made orthogonal: they move every direction equally far, so that small models
@@ -1582,7 +1554,6 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """What trains a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers have
     Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
-
     def __init__(self, module, kind, lr, weight_decay=0.0):
         self.module, self.steps, self.bad_in_a_row = module, 0, 0
         groups = {"hidden": [], "matrices": [], "vectors": []}
@@ -1628,9 +1599,12 @@ def update_ema(ema, module, decay, step):
 
 def wrap(module, config, machine):
     """Compile the transformer layers and distribute, as asked for."""
-    for layer in module.modules():
-        if config.compile and isinstance(layer, (Block, ARBlock)):
-            layer.compile()
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 64           # all networks' layers are variants of the same code
+        torch._dynamo.config.optimize_ddp = False           # which would cut each layer into pieces
+        for layer in module.modules():
+            if isinstance(layer, (Block, ARBlock)):
+                layer.compile()
     if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all have the same
@@ -1639,11 +1613,9 @@ def short_hash(*things):
     """16 digits that tell one set of settings and modules' weights from another."""
     digest = hashlib.sha256()
     for thing in things:
-        if isinstance(thing, nn.Module):
-            for tensor in thing.state_dict().values():
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        else:
-            digest.update(json.dumps(thing).encode())
+        module = isinstance(thing, nn.Module)
+        for part in thing.state_dict().values() if module else [thing]:
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy() if module else json.dumps(part).encode())
     return digest.hexdigest()[:16]
 
 @contextlib.contextmanager
@@ -1656,7 +1628,7 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:        # torch.save raises the latter when a disk is full
+    except (OSError, RuntimeError) as error:        # of a full disk torch.save makes either, with or without the other
         aside.unlink(missing_ok=True)
         reason = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
         raise Refused(f"{path} can't be written ({reason}); what was there before is whole") from error
@@ -1688,8 +1660,8 @@ def resume(path, config, stage, groups, about, parts):
         return 0
     state = load_checkpoint(path, stage)
     names = {f.name for f in fields(Config) if f.metadata["group"] in groups} - {"data", "tok_steps", "ar_steps"}
-    now, then = ({name: getattr(c, name) for name in ("seed", *sorted(names))} for c in (config, state["config"]))
-    now, then = now | about, then | state["about"]
+    now, then = ({name: getattr(c, name) for name in ("seed", *sorted(names))} | more
+                 for c, more in ((config, about), (state["config"], state["about"])))
     changed = [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]
     require(not changed, f"{path} must be trained with the same settings and data (choose another --out, or delete it)",
             "; ".join(changed))
@@ -1704,14 +1676,14 @@ def load_model(path, stage, device="cpu", ema=True):
     of the authors' -> model, about. Raises Refused."""
     kind = Tokenizer if stage == "tokenizer" else ARTransformer
     if Path(path).is_dir():
-        model = load_official(path)
+        model, about = load_official(path), {}      # their files name no classes
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
-        return model.to(device), {}                 # their files name no classes
-    state = load_checkpoint(Path(path), stage)
-    with blame(f"{path} does not fit", ": delete it and train again"):
-        model = kind(state["config"])
-        model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
-    return model.to(device).eval().requires_grad_(False), state["about"]
+    else:
+        state = load_checkpoint(path, stage)
+        with blame(f"{path} does not fit", ": delete it and train again"):
+            model, about = kind(state["config"]), state["about"]
+            model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
+    return model.to(device).eval().requires_grad_(False), about
 
 def load_ar(path, tokenizer, device, ema=True):
     """An AR transformer that fits a tokenizer -> model, its class names (None for the authors'). Raises Refused."""
@@ -1734,12 +1706,10 @@ def fill_file(path, record, machine, images, work):
     with machine.first():
         if machine.rank == 0 and not aside.exists():
             with written_whole(aside) as file:
-                np.lib.format.write_array_header_2_0(file, {"descr": np.lib.format.dtype_to_descr(record),
-                                                            "fortran_order": False, "shape": (images,)})
-                size = file.tell() + images * record.itemsize
-                file.truncate(size)
-                if hasattr(os, "posix_fallocate"):          # take the room now: a disk that fills up later would
-                    os.posix_fallocate(file.fileno(), 0, size)          # kill us (macOS has no such call)
+                header = {"descr": np.lib.format.dtype_to_descr(record), "fortran_order": False, "shape": (images,)}
+                np.lib.format.write_array_header_2_0(file, header)
+                for _ in range(images):                     # take the room now: a mapped file that finds no more
+                    file.write(bytes(record.itemsize))      # later kills us without a word
     file = np.load(aside, mmap_mode="r+")
     todo = np.arange(images)[machine.rank::machine.world]
     todo = todo[~file["done"][todo]].tolist()
@@ -1758,40 +1728,33 @@ def fill_file(path, record, machine, images, work):
             last.result()
             last = writer.submit(write, *batch)
         last.result()
+    bar.close()
     file.flush()
     machine.barrier()
-    if machine.rank == 0:
-        os.replace(aside, path)
-    machine.barrier()
+    with machine.first():
+        if machine.rank == 0:
+            os.replace(aside, path)
     return np.load(path, mmap_mode="r")
-
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it has saved: (text, number of the signal)."""
 
 class Progress:
     """A stage's bar, its lines in OUT/log.jsonl, and when to save. Sums stay on the device until a line is due: no
-    step waits for a number. Ctrl-C and SIGTERM end the step and save; a second one ends at once."""
+    step waits for a number. Ctrl-C and SIGTERM, which guarded() notes in `asked`, end the step and save."""
+    asked = None                                        # None: no training that could end gently; 0: not asked to
+
     def __init__(self, config, machine, stage, start, steps, batch):
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
         if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
             with blame(f"{self.path} does not fit", ": delete it"):
-                lines = self.path.read_text().splitlines(keepends=True)
-                records = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may tear the last line
-                records = [r for r in records if r["stage"] != stage or r["step"] <= start]
+                lines = self.path.read_text().rpartition("\n")[0].splitlines()          # a kill may tear the last line
+                records = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= start]
             with written_whole(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in records)
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
         self.write(start, {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "world": machine.world,
                            "config": asdict(config)})
-        self.asked, self.handlers = 0, {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        """A signal came."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number
+        Progress.asked = 0
 
     def write(self, step, record, text=None):
         """A line of the log; with a text, one on the screen."""
@@ -1807,8 +1770,8 @@ class Progress:
         self.bar.update()
         self.count += 1
         taken = torch.stack([v for name, v in values.items() if name.endswith("norm")]).isfinite().all().float()
-        values = {name: value.detach().nan_to_num(0, 0, 0) * taken for name, value in values.items()}
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in (values | {"taken": taken}).items()}
+        for name, value in (values | {"taken": taken}).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().nan_to_num(0, 0, 0) * taken
         if done % self.config.log_every == 0 or done == self.steps:
             sums = {name: self.machine.total(value).item() / self.machine.world for name, value in self.sums.items()}
             taken = sums.pop("taken")
@@ -1819,8 +1782,8 @@ class Progress:
             self.sums, self.count, self.since = {}, 0, time.time()
         self.leaving = self.asked
         if self.machine.world > 1:                      # processes must agree: at every tenth step they ask each other
-            asked = torch.tensor(self.asked, device=self.machine.device)
-            self.leaving = 0 if done % 10 else int(self.machine.total(asked))
+            every = done % 10 == 0 or done == self.steps
+            self.leaving = every and int(self.machine.total(torch.tensor(self.asked, device=self.machine.device)))
         return done % self.config.save_every == 0 or done == self.steps or self.leaving > 0
 
     def saved(self, done):
@@ -1828,11 +1791,9 @@ class Progress:
         self.machine.barrier()
         if self.leaving or done == self.steps:
             self.bar.close()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-        if self.leaving and done < self.steps:
-            raise Interrupted(f"stopped after step {done} of {self.steps} of the {self.stage} stage",
-                              self.asked or signal.SIGTERM)
+            number, Progress.asked = self.asked or signal.SIGTERM, None
+        if self.leaving:
+            raise KeyboardInterrupt(f"stopped after step {done} of {self.steps} of the {self.stage} stage", number)
 
 # == 14. Pictures ======================================================================================================
 
@@ -1880,11 +1841,11 @@ def reconstructions(tokenizer, pixels):
 @torch.no_grad()
 def spoil(tokenizer, images, start, ranks):
     """Images (B, 3, R, R) decoded; with a group spoilt, see correct(), and the rest kept; and with it encoded again."""
-    past = tokenizer.encode_patches(images)
-    clean = tokenizer.quantize(past)
-    fixed = tokenizer.correct(past, clean, start, ranks)
-    kept = torch.where(fixed.redone, clean.codes, fixed.codes)                                  # (B, N)
-    return [tokenizer.decode(codes) for codes in (clean.codes, kept, fixed.codes)]
+    patches = tokenizer.encode_patches(images)
+    clean = tokenizer.quantize(patches)
+    fixed = tokenizer.correct(patches, clean, start, ranks)
+    kept = torch.where(fixed.redone, clean.codes, fixed.shown)                                  # (B, N)
+    return [tokenizer.decode(codes) for codes in (clean.codes, kept, fixed.shown)]
 
 def repairs(tokenizer, pixels):
     """What self-correction mends, a row for each uint8 image (B, 3, R, R): itself, decoded, with the first parallel
@@ -1947,6 +1908,29 @@ def loss_networks(config, machine, model):
             model.encoder.load_state_dict(siglip_tower(path(SIGLIP), config.enc_depth).state_dict())
     return perceptual, tower, judge
 
+def best_prefix(config):
+    """For each decoder size the token count whose R(n) is closest to it, the longer of two equals: {size: n}."""
+    best = {}
+    for n in prefix_lengths(config):
+        size = decoder_size(config, n)
+        if size not in best or abs(resolution(config, n) - size) <= abs(resolution(config, best[size]) - size):
+            best[size] = n
+    return best
+
+def draw_prefix(config, key):
+    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
+    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
+    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
+    side, count = config.image_size, config.num_tokens
+    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
+    if dynamic < config.dynamic_prob:
+        least, wanted = config.causal_num + config.group_size, config.min_size + small * (side - config.min_size)
+        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= least}
+        side = min(sizes, key=lambda size: abs(size - wanted))
+        count = sizes[side]
+    n = 1 + int(where * (count - config.group_size)) if coarse < config.coarse_prob else count      # 1..count-G, or all
+    return side, count, min(length for length in prefix_lengths(config) if length >= n)
+
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
     out, device = Path(config.out), machine.device
@@ -1974,9 +1958,9 @@ def train_tokenizer(config, machine):
     for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
-        adversarial = judge is not None and step >= config.disc_start
+        adversarial = judge is not None and step + 1 >= config.disc_start
         side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
-        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device)
+        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device, non_blocking=True)
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
@@ -1997,7 +1981,7 @@ def train_tokenizer(config, machine):
                 if tower:
                     losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, tower, part)
                 if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge.judge(tokens.pixels, judge_key).mean()
+                    losses["fool_loss"] = -config.disc_weight * judge.scores(tokens.pixels, judge_key).mean()
             backward(sum(losses.values()) / config.accum)
             model.quantizer.track(tokens.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
@@ -2023,7 +2007,7 @@ def train_tokenizer(config, machine):
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
             if machine.rank == 0:
-                pixels = next(val.fetch([range(len(val))[:8]])).to(device)
+                pixels = next(val.in_order(range(len(val))[:8], 8))[1].to(device)
                 save_picture(reconstructions(ema or model, pixels), out / f"tokenizer_{done:07d}.png")
                 save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
             progress.saved(done)
@@ -2043,7 +2027,7 @@ def load_tokenizer(config, machine):
 
 def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
-    record an image: its label, and codes (views, 3, N): clean, shown, labels. Views: of folders ten crops of a 1.1
+    record an image: its label, and codes (views, 3, N): clean, shown, targets. Views: of folders ten crops of a 1.1
     times larger image, as in the paper; of the built-in sets the image and its mirror image."""
     views = 2 if config.data in BUILT_IN else 10
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
@@ -2060,7 +2044,7 @@ def extract_codes(config, machine, tokenizer, images):
                 triples = tokenizer.triples(x, keys).unflatten(0, (views, -1))                      # (views, b, 3, N)
             yield rows, {"codes": triples.transpose(0, 1), "label": images.labels[rows]}
 
-    record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]
+    record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]      # u2: V is at most 65,536
     codes = fill_file(path, record, machine, len(images), work)
     for other in set(path.parent.glob("codes-*")) - {path} if machine.rank == 0 else ():
         other.unlink()                                      # of another tokenizer
@@ -2115,7 +2099,7 @@ def train_ar(config, machine):
 
     for step in range(start, config.ar_steps):
         first, last = 0.005 * config.ar_lr, 0.01 * config.ar_lr
-        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last)
+        lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last, config.ar_warmup)
         batch, mean_loss = ar_batch(config, machine, codes, step), 0
         # L = - mean over i of log p(target_i | class, what is shown of earlier groups; for i < c: of earlier codes)
         for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
@@ -2169,7 +2153,8 @@ class InceptionV3(nn.Module):
     def forward(self, images):
         """uint8 (B, 3, H, W) -> pool features (B, 2048) and logits (B, 1008), float32. Raises Refused."""
         require(images.dtype == torch.uint8, "Inception wants uint8: FID is defined on 8-bit pictures", images.dtype)
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(images.device.type, enabled=False), exact:
             features = self.net((tf_resize(images.float()) - 128) / 128)
             return features, self.fc(features)
 
@@ -2329,7 +2314,7 @@ def evaluate(config, machine):
         say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
             f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
-        pixels = next(val.fetch([range(len(val))[:8]])).to(machine.device)
+        pixels = next(val.in_order(range(len(val))[:8], 8))[1].to(machine.device)
         codes, rows = samples(config, machine, tokenizer, model)
         save_picture(rows, out / "samples.png")
         save_picture(coarse_to_fine(tokenizer, codes[::8]), out / "coarse_to_fine.png")
@@ -2362,9 +2347,13 @@ class Bench:
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
     def __init__(self, machine):
         self.machine, self.gpu, like = machine, machine.device.type == "cuda", {"device": machine.device}
-        big, square = torch.zeros(2, 2**26, **like), torch.ones(2048, 2048, dtype=machine.dtype, **like)
+        big, n = torch.zeros(2, 2**26, **like), 8192 if self.gpu else 2048
         self.bandwidth = big.nbytes / self.seconds(lambda: big[0].copy_(big[1]))[0]     # 256 MB read, as many written
-        self.rate = 2 * 2048**3 / self.seconds(lambda: square @ square)[0]
+        square, layer = torch.ones(n, n, dtype=machine.dtype, **like), nn.Linear(n, n, dtype=machine.dtype, **like)
+        if not self.gpu and machine.dtype == torch.float32:                             # the fastest there is
+            pack_linear(layer)
+        with torch.no_grad():
+            self.rate = 2 * n**3 / min(self.seconds(lambda: square @ square)[0], self.seconds(lambda: layer(square))[0])
         self.say(gpu=torch.cuda.get_device_name() if self.gpu else None, threads=torch.get_num_threads(),
                  torch=torch.__version__, dtype=str(machine.dtype), copy_GB_per_s=self.bandwidth / 1e9,
                  matmul_TFLOP_per_s=self.rate / 1e12)
@@ -2403,13 +2392,13 @@ class Bench:
                  peak_GB=peak / 1e9, **more)
         return True
 
-    def train(self, what, batch, config, module, loss):
+    def train(self, what, batch, module, kind, loss):
         """Time a step of training; its optimiser reads and writes weights, gradients and moments."""
-        run, optimizers = wrap(module, config, self.machine), Optimizers(module, config.optimizer, 0.0)
+        optimizers = Optimizers(module, kind, 0.0)
 
         def step():
             with self.machine.autocast():
-                value = loss(run)
+                value = loss()
             value.backward()
             optimizers.step(0.0)
 
@@ -2431,8 +2420,9 @@ def bench_sampling(bench, tokenizer, model, batches):
         torch.compiler.reset()                          # it gives up on a function that it has met in too many shapes
         draw = functools.partial(generate, model, torch.arange(batch) % config.num_classes, seeds=torch.arange(batch),
                                  **sampling_settings(config))
-        with machine.autocast(), torch.no_grad():
-            paint = functools.partial(tokenizer.decode, draw())
+        codes = torch.randint(config.codebook_size, (batch, config.num_tokens), device=machine.device)
+        paint = functools.partial(tokenizer.decode, codes)
+        with machine.autocast():
             if not (bench.run("sample: codes", batch, draw, moved, passes=passes)
                     and bench.run("sample: pixels", batch, paint, weight_bytes(tokenizer.decoder))):
                 break
@@ -2444,21 +2434,22 @@ def benchmark(config, machine):
     batches = [4**i for i in range(7)] if bench.gpu else (1, 4, config.eval_batch)
     bench_sampling(bench, *random_models(config, machine), batches)
     tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
+    run_tokenizer, run_model = wrap(tokenizer, config, machine), wrap(model, config, machine)
     images = torch.rand(config.tok_batch // machine.world, 3, R, R, device=device) * 2 - 1
     codes = torch.zeros(config.ar_batch // machine.world, N, dtype=torch.long, device=device)
     tok_keys, ar_keys = (torch.arange(len(x), device=device) for x in (images, codes))
-    noise = draw_noise(config, tok_keys, N)
 
-    def tokenizer_loss(run, *noise):
-        out = run(images, N, *noise)
+    def tokenizer_loss(*noise):
+        out = run_tokenizer(images, N, *noise)
         return out.pixels.square().mean() + out.code_loss
 
-    def ar_loss(run):
-        return F.cross_entropy(run(codes[:, 0], codes, ar_keys).transpose(1, 2), codes)
+    def ar_loss():
+        return F.cross_entropy(run_model(codes[:, 0], codes, ar_keys).transpose(1, 2), codes)
 
-    bench.train("tokenizer, with self-correction", images, config, tokenizer, lambda run: tokenizer_loss(run, *noise))
-    bench.train("tokenizer, without self-correction", images, config, tokenizer, tokenizer_loss)
-    bench.train("AR transformer", codes, config, model, ar_loss)
+    spoilt_loss = functools.partial(tokenizer_loss, *draw_noise(config, tok_keys, N))
+    bench.train("tokenizer, with self-correction", images, tokenizer, config.optimizer, spoilt_loss)
+    bench.train("tokenizer, without self-correction", images, tokenizer, config.optimizer, tokenizer_loss)
+    bench.train("AR transformer", codes, model, config.optimizer, ar_loss)
     with machine.autocast():
         extract = functools.partial(tokenizer.triples, images, tok_keys)
         bench.run("extract codes", len(images), extract, weight_bytes(tokenizer.encoder))
@@ -2467,41 +2458,28 @@ def benchmark(config, machine):
 
 def parse(argv):
     """The command line -> (Config, stage, table). Every field of Config is a flag; a preset changes the defaults."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
-    stages = "all", "tokenizer", "ar", "eval", "bench"
-    common.add_argument("--stage", choices=stages, default="all", help="what to do; all: the next three [all]")
-    common.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
-    preset = PRESETS[common.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0].preset]
-    parser = argparse.ArgumentParser(parents=[common], description=__doc__.split("\n")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      usage="detailflow.py [--preset NAME] [--stage NAME] [--SETTING VALUE ...]")
-    groups = {f.metadata["group"]: None for f in fields(Config)}
-    groups = {group: parser.add_argument_group(group) for group in groups}
-    for f in fields(Config):
-        default = preset.get(f.name, f.default)
-        kind = {"type": f.type, "metavar": f.type.__name__}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
-        text = f.metadata["help"] + ("" if default == "" else f" [{default}]")
-        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), default=default, help=text, **kind)
+    parser.add_argument("--preset", choices=PRESETS, default="shapes", help="settings that the flags override [shapes]")
+    stages = "all", "tokenizer", "ar", "eval", "bench"
+    parser.add_argument("--stage", choices=stages, default="all", help="what to do; all: the next three [all]")
+    parser.add_argument("--table", action="store_true", help="print the resolution mapping R(n) and stop")
+    for title, members in itertools.groupby(fields(Config), lambda f: f.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for f in members:
+            kind = {"type": f.type, "metavar": f.type.__name__}
+            kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+            text = f.metadata["help"] + ("" if f.default == "" else " [%(default)s]")
+            group.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **kind)
+    preset, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    parser.set_defaults(**PRESETS[preset.preset])
     values = vars(parser.parse_args(argv))
     stage, table, name = (values.pop(k) for k in ("stage", "table", "preset"))
     return Config(**values | {"out": values["out"] or f"runs/{name}"}), stage, table
 
-@contextlib.contextmanager
-def alone(folder, machine):
-    """Two runs in one folder would spoil each other: the second is refused. The lock goes when we do, however."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            if machine.rank == 0:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, no worker inherits it
-        except (BlockingIOError, PermissionError):
-            raise Refused(f"another run is at work in {folder}: wait for it, or choose another --out") from None
-        yield
-
 def run_stages(config, stage):
-    """Do what was asked for. Raises Refused."""
-    machine = start_machine(config)
+    """Do what was asked for, alone in the folder: two runs would spoil each other. Raises Refused."""
+    machine, out = start_machine(config), Path(config.out)
     for name in ("inception", "reference"):
         path = getattr(config, name)
         require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
@@ -2509,35 +2487,39 @@ def run_stages(config, stage):
         parts, size = machine.world * config.accum, getattr(config, batch)
         require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
     if config.data in BUILT_IN:
-        config.num_classes = 10
+        config.num_classes = BUILT_IN[config.data]
     elif stage != "bench":
         config.num_classes = len(Folder(config.data, "train", config.image_size).classes)
-    with alone(Path(config.out), machine):
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:                          # the lock goes when we do, however
+        if machine.rank == 0:
+            with blame(f"another run is at work in {out}", ": wait for it, or choose another --out"):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no worker inherits it
         stages = {"tokenizer": train_tokenizer, "ar": train_ar, "eval": evaluate, "bench": benchmark}
         for name in ("tokenizer", "ar", "eval") if stage == "all" else (stage,):
             stages[name](config, machine)
 
-def one_line(error):
-    """What to tell of a user's mistake, a folder that can't be made, a full disk or memory. Raises all other errors."""
-    lines = str(error).strip().splitlines() or ["out of memory"]
-    if isinstance(error, RuntimeError) and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
-        raise error                         # a bug of ours: the traceback is wanted
-    return lines[0] if isinstance(error, RuntimeError) else re.sub(r"^[\w.]*Refused: ", "", lines[-1])  # of a worker
-
 def guarded(program, job, after_all="the same command goes on from the last checkpoint"):
-    """Run a program's job() -> exit status: 0, 2 for a user's mistake, 130 or 143 when interrupted; a line says why."""
-    def terminate(number, frame):           # outside the training loops; they have a gentler way, see Progress
-        raise Interrupted("terminated", number)
+    """Run a program's job() -> exit status: 0, 2 for a user's mistake, a folder that can't be made, a full disk or
+    memory, 130 or 143 when interrupted; a line says why. Raises what else goes wrong: a bug of ours."""
+    def interrupt(number, frame):
+        """In training after the step, and when asked a second time, or elsewhere, at once."""
+        if Progress.asked != 0:
+            raise KeyboardInterrupt("interrupted", number)
+        Progress.asked = number
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, terminate)
+    Progress.asked, handlers = None, {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         job()
         return 0
     except (Refused, OSError, MemoryError, RuntimeError) as error:
-        print(f"{program}: {one_line(error)}", file=sys.stderr)
+        lines, runtime = str(error).strip().splitlines() or ["out of memory"], isinstance(error, RuntimeError)
+        if runtime and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
+            raise
+        text = lines[0] if runtime else re.sub(r"^[\w.]*Refused: ", "", lines[-1])      # a worker's has a traceback
+        print(f"{program}: {text}", file=sys.stderr)
         return 2
-    except (Interrupted, KeyboardInterrupt) as error:
+    except KeyboardInterrupt as error:
         text, number = error.args or ("interrupted", signal.SIGINT)
         print(f"\n{program}: {text}; {after_all}", file=sys.stderr)
         return 128 + number                 # as shells report it

@@ -114,7 +114,7 @@ def images(count=4, size=16):
 def test_what_the_head_says_to_find_is_where_it_says():
     """Every section of the contents, every name of "Find" in the section whose number stands behind it."""
     head, sections = df.__doc__, re.split(r"\n# == \d+\. ", Path(df.__file__).read_text())
-    contents = head[head.index("Contents") : head.index("Find")]
+    contents = head[head.index("Contents") : head.index("Find")].replace("begin at 3", "")
     assert re.findall(r"\b\d+(?= [a-zA-Z])", contents.replace("SigLIP 2", "")) == [
         str(i) for i in range(1, len(sections))
     ]
@@ -387,11 +387,11 @@ def test_self_correction_keeps_the_prefix_spoils_the_group_and_redoes_the_rest(c
     near = tokenizer.quantizer.nearest(clean.latents, config.noise_topk)
     ranks = torch.full((4, 3), 5)
     fixed = tokenizer.correct(past, clean, torch.full((4,), start), ranks)
-    assert torch.equal(fixed.codes[:, :start], clean.codes[:, :start])
-    assert torch.equal(fixed.codes[:, start:end], near[:, start:end, 5])
-    assert torch.equal(fixed.labels[:, :end], clean.codes[:, :end])
-    assert torch.equal(fixed.labels[:, end:], fixed.codes[:, end:])
-    assert not torch.equal(fixed.codes[:, end:], clean.codes[:, end:])
+    assert torch.equal(fixed.shown[:, :start], clean.codes[:, :start])
+    assert torch.equal(fixed.shown[:, start:end], near[:, start:end, 5])
+    assert torch.equal(fixed.targets[:, :end], clean.codes[:, :end])
+    assert torch.equal(fixed.targets[:, end:], fixed.shown[:, end:])
+    assert not torch.equal(fixed.shown[:, end:], clean.codes[:, end:])
     (gradient,) = torch.autograd.grad(
         fixed.vectors[:, :end].sum(), tokenizer.retry_queries, retain_graph=True, allow_unused=True
     )
@@ -407,15 +407,15 @@ def test_self_correction_equals_its_drawing():
     config = df.Config(**TINY | {"num_tokens": 8, "group_size": 2})
     torch.manual_seed(0)
     tokenizer, rows = df.Tokenizer(config), {}
-    for row in ("clean", "queries", "codes", "labels"):
+    for row in ("clean", "queries", "shown", "targets"):
         rows[row] = re.findall(r"\b[axqb]\d", drawn(df.Tokenizer.correct.__doc__, row))
         assert [int(entry[1]) for entry in rows[row]] == list(range(8))
     past = tokenizer.encode_patches(images())
     clean = tokenizer.quantize(past)
     fixed = tokenizer.correct(past, clean, torch.full((4,), 2), torch.full((4, 2), 7))
     spoilt = tokenizer.quantizer.nearest(clean.latents, 8)[..., 7]
-    answers = {"a": clean.codes, "x": spoilt, "b": fixed.codes}
-    for row, ours in (("clean", clean.codes), ("codes", fixed.codes), ("labels", fixed.labels)):
+    answers = {"a": clean.codes, "x": spoilt, "b": fixed.shown}
+    for row, ours in (("clean", clean.codes), ("shown", fixed.shown), ("targets", fixed.targets)):
         for i, entry in enumerate(rows[row]):
             assert torch.equal(ours[:, i], answers[entry[0]][:, i]), (row, i)
     assert [entry[0] == "q" for entry in rows["queries"]] == fixed.redone[0].tolist()
@@ -681,7 +681,7 @@ def test_tokenizer_equals_the_authors(theirs, tmp_path):
             start = noise["noise_idx"]
             ranks = F.pad(noise["topk_rank"], (0, 4))[:, start : start + 4]
             fixed = model.correct(past, clean, torch.full((2,), start), ranks)
-            assert torch.equal(fixed.codes, noise["index_input"]) and torch.equal(fixed.labels, noise["index_label"])
+            assert torch.equal(fixed.shown, noise["index_input"]) and torch.equal(fixed.targets, noise["index_label"])
             close(fixed.vectors, noise["quant"])
         for other in v["other_sizes"]:
             assert torch.equal(model.encode(other["x"]), other["indices"])
@@ -697,7 +697,7 @@ def test_what_the_encoder_sees_equals_the_authors(theirs, tmp_path):
     v = theirs["tokenizer"]
     model, seen = authors_model(v, tmp_path), []
     model.encoder.norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    model.to_code.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.to_latent.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():
         for case in (v, v["rect"], *v["other_sizes"]):
             seen.clear()
@@ -997,9 +997,9 @@ def their_state(model):
     }
     parts = {
         "encoder.visual_model.embeddings.patch_embedding": model.encoder.patch_embed,
-        "quant_conv": model.to_code,
-        "refine_conv": model.from_code,
-        "post_quant_conv": model.code_embed,
+        "quant_conv": model.to_latent,
+        "refine_conv": model.to_query,
+        "post_quant_conv": model.vector_embed,
         "decoder.to_pixel.model": model.to_pixels,
     }
     for side in ("encoder", "decoder"):
@@ -1620,7 +1620,7 @@ def test_the_judge_teaches_the_decoder_and_learns(judge):
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 256])
 def test_the_judge_sees_images_of_any_size(judge, size):
     images = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
-    scores = judge.judge(images, torch.tensor([3]))
+    scores = judge.scores(images, torch.tensor([3]))
     scores.sum().backward()
     assert scores.shape == (2, 980) and scores.isfinite().all()
     assert images.grad.isfinite().all() and images.grad.any()
@@ -1790,9 +1790,9 @@ def test_the_repairs_are_the_codes_that_correct_makes(tokenizer, config):
     c, G = config.causal_num, config.group_size
     start, ranks = torch.full((4,), c), torch.full((4, G), config.noise_topk - 1)
     fixed = tokenizer.correct(past, clean, start, ranks)
-    torch.testing.assert_close(mended, tokenizer.decode(fixed.codes))
+    torch.testing.assert_close(mended, tokenizer.decode(fixed.shown))
     torch.testing.assert_close(
-        spoilt, tokenizer.decode(torch.cat([fixed.codes[:, : c + G], clean.codes[:, c + G :]], 1))
+        spoilt, tokenizer.decode(torch.cat([fixed.shown[:, : c + G], clean.codes[:, c + G :]], 1))
     )
 
 
@@ -1832,7 +1832,7 @@ def test_other_settings_or_another_tokenizer_are_refused_not_mixed(trained, tmp_
     for name in ("tokenizer.pt", "ar.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
-    state["ema"]["to_code.bias"] += 1
+    state["ema"]["to_latent.bias"] += 1
     torch.save(state, tmp_path / "tokenizer.pt")
     run(tmp_path, "--stage", "eval", expect=2)
     assert "another tokenizer" in capsys.readouterr().err
@@ -1858,7 +1858,7 @@ def test_codes_are_extracted_once_and_hold_what_the_tokenizer_says(trained, conf
 def test_broken_checkpoints_are_named(trained, tmp_path):
     whole = (trained / "tokenizer.pt").read_bytes()
     path = tmp_path / "tokenizer.pt"
-    spot = whole.index(torch.load(trained / "tokenizer.pt")["model"]["from_code.weight"].numpy().tobytes())
+    spot = whole.index(torch.load(trained / "tokenizer.pt")["model"]["to_query.weight"].numpy().tobytes())
     flipped = whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :]  # one bit of one weight
     for content in (whole[: len(whole) // 2], b"hello", b"", flipped):
         path.write_bytes(content)
@@ -2259,6 +2259,7 @@ def test_every_shape_in_a_comment_is_true(lpips, judge, folder, tmp_path):
         lpips(x, x.flip(0))
         judge(x, x, keys[:1])
         run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2)
+        next(df.open_data(config, CPU, "train").in_order(range(7), 7))
         out = tokenizer(x, 6, *df.draw_noise(config, keys, 12))
         tokenizer.decode(out.codes[:, :9])
         tokenizer.triples(x, keys)
@@ -2442,11 +2443,19 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, t
     same_weights(small, tmp_path)
 
 
+def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatch, capsys):
+    step = df.Optimizers.step
+    monkeypatch.setattr(df.Optimizers, "step", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args))
+    assert df.main(command(tmp_path, folder, tok_steps=1, disc_weight=0)) == 143
+    assert "after step 1 of 1 of the tokenizer stage; the same" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer.pt").exists() and not (tmp_path / "ar.pt").exists()
+
+
 def test_sigterm_outside_the_training_loops_says_how_to_go_on_too(small, folder, monkeypatch, capsys):
     monkeypatch.setattr(df, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
     before = signal.getsignal(signal.SIGTERM)
     assert df.main(command(small, folder)) == 143
-    assert "terminated; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -2569,9 +2578,9 @@ def test_a_broken_image_is_named_once_skipped_and_does_not_stop_a_run(tmp_path, 
     assert re.findall(r"skipped: broken image .*?(zz-\w+\.png)", capfd.readouterr().err) == [f"zz-{kind}"]
     codes = np.load(next((tmp_path / "out").glob("codes-*.npy")))
     train = df.open_data(df.Config(**TINY, data=str(data)), CPU, "train")
-    at = next(i for i, path in enumerate(train.files.paths) if path.endswith(kind))
-    instead = next(path for path in train.files.paths if "cat" in path)
-    assert codes["label"][at] == 0 and torch.equal(train.files[at], train.files[train.files.paths.index(instead)])
+    at = next(i for i, (path, _) in enumerate(train.samples) if path.endswith(kind))
+    instead = next(i for i, (path, _) in enumerate(train.samples) if "cat" in path)
+    assert codes["label"][at] == 0 and torch.equal(train[at, None], train[instead, None])
 
 
 def test_more_than_one_broken_image_in_a_hundred_stops_a_run(tmp_path, capfd):
@@ -2586,10 +2595,10 @@ def test_more_than_one_broken_image_in_a_hundred_stops_a_run(tmp_path, capfd):
 
 def test_many_broken_images_in_a_row_are_no_recursion(tmp_path):
     data = df.Folder(draw_folder(tmp_path), "train", 16)
-    data.paths = ["gone.png"] * 1500 + data.paths * 5000
-    data.labels, data.broken = torch.zeros(len(data), dtype=torch.long), torch.zeros(len(data), dtype=torch.bool)
+    data.samples = [("gone.png", 0)] * 1500 + data.samples * 5000
+    data.labels, data.broken = torch.zeros(2, len(data.samples)).long()[0], torch.zeros(len(data.samples)).bool()
     data.broken[1:1499] = True
-    assert data[0].shape == (3, 16, 16) and data.broken.sum() == 1500
+    assert data[0, None].shape == (3, 16, 16) and data.broken.sum() == 1500
 
 
 def test_images_of_every_odd_kind_are_read(tmp_path):
@@ -2614,9 +2623,10 @@ def test_images_of_every_odd_kind_are_read(tmp_path):
     for name, (image, options) in made.items():
         image.save(tmp_path / "a" / name, **options)
     data = df.Folder(tmp_path, "train", 16)
-    for i, path in enumerate(data.paths):
-        pixels = data[i, 5]
-        assert pixels.shape == data[i].shape == (3, 16, 16)
+    assert len(data) == len(made)
+    for i, (path, _) in enumerate(data.samples):
+        pixels = data[i, [0.1, 0.4, 0.7, 0.9]]
+        assert pixels.shape == data[i, None].shape == (3, 16, 16)
         if "16bit" in path:
             assert (pixels == 40000 // 257).all()
 
@@ -2641,10 +2651,10 @@ def test_images_with_random_bytes_changed_never_raise_anything_else(tmp_path):
 @pytest.mark.parametrize(
     "make, word",
     [
-        (lambda root: None, "no class folders in"),
+        (lambda root: None, "find any class folder in"),
         (lambda root: (root / "cat").mkdir(), "CLASS/IMAGE"),
-        (lambda root: (root / "photo.png").write_bytes(b""), "no class folders in"),
-        (lambda root: (draw_folder(root), (root / "empty").mkdir()), "none in empty"),
+        (lambda root: (root / "photo.png").write_bytes(b""), "find any class folder in"),
+        (lambda root: (draw_folder(root), (root / "empty").mkdir()), "for the classes empty"),
         (lambda root: draw_folder(root / "train"), "train and val"),
         (lambda root: draw_folder(root / "val"), "train and val"),
         (lambda root: (draw_folder(root / "train"), draw_folder(root / "val", names=("cat", "cow"))), "cow"),
@@ -2854,7 +2864,7 @@ def test_under_bfloat16_quantisation_normalisation_and_losses_stay_float32(folde
     monkeypatch.setattr(torch.nn.Linear, "forward", watch("Linear", torch.nn.Linear.forward))
     monkeypatch.setattr(F, "mse_loss", watch("mse", F.mse_loss))
     monkeypatch.setattr(F, "cross_entropy", watch("cross entropy", F.cross_entropy))
-    monkeypatch.setattr(df.Discriminator, "judge", watch("judge", df.Discriminator.judge))
+    monkeypatch.setattr(df.Discriminator, "scores", watch("judge", df.Discriminator.scores))
     monkeypatch.setattr(df, "backward", lambda loss, f=df.backward: watch("loss", lambda x: x)(loss) is f(loss))
     assert df.main(command(tmp_path, folder, dtype="bfloat16")) == 0
     assert torch.bfloat16 in seen.pop("Linear")  # the autocast is at work
