@@ -38,6 +38,8 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           where a group's tokens get their positions: rotary_table (9), ARTransformer.embed (9)
           what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (16)
           what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (15)
+          an image's way: patchify (5), Tokenizer.encode_patches, Tokenizer.encode_queries (7), Quantizer.forward (6),
+          Tokenizer.decode_vectors (7); its codes' way: ARTransformer.embed, ARTransformer.run (9), draw_codes (10)
           what to change: BUILT_IN, open_data (12) for other data; for one vector of a text in place of a class
           ARTransformer.embed (9), generate (10), extract_codes (16)
 
@@ -213,7 +215,7 @@ class Config:
     min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side images are shrunk to", 0, 8192)
     dynamic_prob: float = setting("tokenizer training", 0.0, "dynamic resolution: share of batches shrunk", high=1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
-    revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes; 0: never")
+    revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes, early on; 0: never")
     init_std: float = setting("tokenizer training", 0.3, "scale at which queries and positions start; 0: the authors'")
     enc_init: str = setting("tokenizer training", "random", "encoder starts from", one_of=("random", "siglip2"))
     align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
@@ -1122,12 +1124,14 @@ def load_official(path):
         alpha = re.search(r"^ *degradation_power: *(\S+)", yaml.read_text() if yaml.exists() else "", re.MULTILINE)
         kind, names, entries = ((ARTransformer, AR_NAMES, ("ema", "model")) if "vocab_size" in about else
                                 (Tokenizer, TOKENIZER_NAMES, ("model", "ema")))     # in the order of their evaluation
-        tensors = next((checkpoint[name] for name in (*entries, "module", "state_dict") if checkpoint.get(name)),
-                       checkpoint)
+        entry = next((name for name in (*entries, "module", "state_dict") if checkpoint.get(name)), None)
+        tensors = checkpoint[entry] if entry else checkpoint
         tensors = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in tensors.items()}
         config = official_config(about, float(alpha[1]) if alpha else 1.5, tensors)
     ignore = r"repa_model\.|quantize\.codebook_used|quantizer\.counts" + r"|refine_conv\." * (not config.correction)
-    return fill(kind(config), path, tensors, names, ignore)
+    model = fill(kind(config), path, tensors, names, ignore)
+    model.weights_of = entry
+    return model
 
 # -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.3) --
 
@@ -1682,7 +1686,8 @@ def load_model(path, stage, device="cpu", ema=True):
         state = load_checkpoint(path, stage)
         with blame(f"{path} does not fit", ": delete it and train again"):
             model, about = kind(state["config"]), state["about"]
-            model.load_state_dict(state["ema" if ema and "ema" in state else "model"])
+            model.weights_of = "ema" if ema and "ema" in state else "model"
+            model.load_state_dict(state[model.weights_of])
     return model.to(device).eval().requires_grad_(False), about
 
 def load_ar(path, tokenizer, device, ema=True):
@@ -1965,27 +1970,27 @@ def train_tokenizer(config, machine):
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
-        for part, part_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
-            part = resize(part, side)
-            noise_start, ranks = draw_noise(config, part_keys, prefix)
-            target = part if prefix == count else degrade(part, config, prefix)             # (b, 3, S, S)
+        for x, x_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
+            x = resize(x, side)
+            noise_start, ranks = draw_noise(config, x_keys, prefix)
+            target = x if prefix == count else degrade(x, config, prefix)                   # (b, 3, S, S)
             with machine.autocast():
-                tokens = distributed(part, prefix, noise_start, ranks, count)
-                halves = len(tokens.pixels) // len(target)                                  # clean and corrected
-                target = target.repeat(halves, 1, 1, 1)
-                losses = {"pixel_loss": F.mse_loss(tokens.pixels, target), "code_loss": tokens.code_loss}
+                made = distributed(x, prefix, noise_start, ranks, count)
+                copies = len(made.pixels) // len(x)                                         # 2 if self-corrected
+                target = target.repeat(copies, 1, 1, 1)
+                losses = {"pixel_loss": F.mse_loss(made.pixels, target), "code_loss": made.code_loss}
                 if perceptual:
                     ramp = config.perceptual_weight * min(1, (step + 1) / perceptual.RAMP)
-                    distance = perceptual(tokens.pixels, target, fold(part_keys, 1).repeat(halves))
-                    losses["perceptual_loss"] = ramp * distance.mean()
+                    dropout_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])
+                    losses["perceptual_loss"] = ramp * perceptual(made.pixels, target, dropout_keys).mean()
                 if tower:
-                    losses["align_loss"] = config.align_weight * alignment_loss(tokens.guess, tower, part)
+                    losses["align_loss"] = config.align_weight * alignment_loss(made.guess, tower, x)
                 if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge.scores(tokens.pixels, judge_key).mean()
+                    losses["fool_loss"] = -config.disc_weight * judge.scores(made.pixels, judge_key).mean()
             backward(sum(losses.values()) / config.accum)
-            model.quantizer.track(tokens.codes, machine)
+            model.quantizer.track(made.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
-            results.append((target, tokens.pixels.detach(), tokens.latents))
+            results.append((target, made.pixels.detach(), made.latents))
         values["grad_norm"] = optimizers.step(lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
             key = root_key(config.seed, f"revive {step}").to(device)
@@ -2271,7 +2276,7 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
                          "resize": "TensorFlow 1 bilinear, 299 px", "statistics": "float64",
                          "reconstruction_reference": f"{len(val)} validation images", "generation_reference": whose,
                          "samples": config.eval_samples, "classes": "balanced", "seeds": f"{config.seed} + i",
-                         "tokenizer_ema": config.tok_ema > 0, "ar_ema": config.ar_ema > 0, "dtype": str(machine.dtype),
+                         "weights": [tokenizer.weights_of, model.weights_of], "dtype": str(machine.dtype),
                          "models": models, **settings}}
 
 def draw_curves(config, found, loss):

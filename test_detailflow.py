@@ -2037,6 +2037,7 @@ def test_fid_is_measured_with_its_protocol_and_never_without_weights(
         and fid["protocol"]["inception_sha256"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()
     )
     assert fid["protocol"]["samples"] == 6 and fid["protocol"]["guidance"] == 2.0
+    assert fid["protocol"]["weights"] == ["ema", "ema"]
 
 
 # == sample.py ==
