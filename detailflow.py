@@ -1741,6 +1741,12 @@ def fill_file(path, record, machine, images, work):
             os.replace(aside, path)
     return np.load(path, mmap_mode="r")
 
+def read_log(path):
+    """The records of a log.jsonl, if there is one; a kill may have torn the last line. Raises Refused."""
+    with blame(f"{path} does not fit", ": delete it"):
+        lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+        return [r for r in map(json.loads, lines) if r["step"] >= 0 and r["stage"]]
+
 class Progress:
     """A stage's bar, its lines in OUT/log.jsonl, and when to save. Sums stay on the device until a line is due: no
     step waits for a number. Ctrl-C and SIGTERM, which guarded() notes in `asked`, end the step and save."""
@@ -1750,10 +1756,8 @@ class Progress:
         self.config, self.machine, self.stage, self.steps, self.batch = config, machine, stage, steps, batch
         self.sums, self.count, self.since, self.path = {}, 0, time.time(), Path(config.out) / "log.jsonl"
         self.bar = tqdm(total=steps, initial=start, desc=stage, disable=True if machine.rank else None)
-        if machine.rank == 0 and self.path.exists():    # what was logged after the last checkpoint comes again
-            with blame(f"{self.path} does not fit", ": delete it"):
-                lines = self.path.read_text().rpartition("\n")[0].splitlines()          # a kill may tear the last line
-                records = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= start]
+        if machine.rank == 0:                           # what was logged after the last checkpoint comes again
+            records = [r for r in read_log(self.path) if r["stage"] != stage or r["step"] <= start]
             with written_whole(self.path) as file:
                 file.writelines(json.dumps(r).encode() + b"\n" for r in records)
         gpu = torch.cuda.get_device_name() if machine.device.type == "cuda" else None
@@ -1822,7 +1826,7 @@ def save_plot(path, title, curves):
         pen.text((column, 388), f"{x:.4g}", "black", font, "mt")
     for i, (name, curve) in enumerate(curves.items()):
         color, places = ("royalblue", "darkorange")[i % 2], (70, 380) + (curve - low) / span * (620, top - 380)
-        pen.line(places.flatten().tolist(), color, 3)
+        pen.line(places.round().flatten().tolist(), color, 3)
         pen.text((690, 8 + 20 * i), name, color, font, "ra")
     with written_whole(path) as file:
         picture.save(file, "png")
@@ -2293,9 +2297,7 @@ def draw_curves(config, found, loss):
     save_plot(out / "ar_loss.png", "loss in nats of code i", {
         "each": list(enumerate(loss)),
         "mean of its group": [(i, np.mean(loss[i // G * G:][:G])) for i in range(len(loss))]})
-    log = out / "log.jsonl"
-    with blame(f"{log} does not fit", ": delete it"):
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    records = read_log(out / "log.jsonl")
     for stage, names in (("tokenizer", ("pixel_loss", "code_loss")), ("ar", ("loss", "held_out_loss"))):
         curves = {name: [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r] for name in names}
         if all(curves.values()):

@@ -315,6 +315,15 @@ def test_quantiser_finds_the_nearest_code_and_passes_gradients_straight_through(
     assert torch.equal(quantizer(rows[None]).codes[0], torch.arange(30))
 
 
+def test_under_autocast_too_the_nearest_of_fifty_is_the_clean_code():
+    """Cosines in bfloat16, which put another code first for one token in twenty."""
+    torch.manual_seed(0)
+    quantizer = df.Quantizer(4096, 8, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = quantizer(torch.randn(1, 500, 8))
+        assert torch.equal(quantizer.nearest(clean.latents, 50)[..., 0], clean.codes)
+
+
 def test_usage_and_perplexity_count_codes_and_revival_replaces_only_dead_ones():
     quantizer = df.Quantizer(8, 4, 0.25)
     quantizer.track(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]), CPU)
@@ -1347,10 +1356,12 @@ def slow_lpips(nets, a, b):
     return total
 
 
-def test_lpips_equals_the_slow_way(nets, lpips):
-    """Stages cut at other layers, the scaling or the weights mixed up, places summed instead of averaged."""
+@pytest.mark.parametrize("size", [16, 32])
+def test_lpips_equals_the_slow_way(nets, lpips, size):
+    """Stages cut at other layers, the scaling or the weights mixed up, places summed instead of averaged; images
+    enlarged that need not be."""
     torch.manual_seed(0)
-    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    a, b = torch.rand(2, 2, 3, size, size) * 2 - 1
     slow = torch.stack([slow_lpips(nets, a[i], b[i]) for i in range(2)])
     torch.testing.assert_close(lpips(a, b), slow, rtol=1e-5, atol=0)
     assert torch.equal(lpips(a, a), torch.zeros(2))
@@ -1738,6 +1749,9 @@ def test_learning_rate_end_points():
     assert df.learning_rate(5, 100, 10, 1.0, 0.1, 0.01) == pytest.approx(0.55)
     assert df.learning_rate(50, 100, 10, 1.0, 0.1, 0.01) == pytest.approx(0.505)
     assert df.learning_rate(100, 100, 10, 1.0, 0.1, 0.01) == pytest.approx(0.01)
+    assert df.learning_rate(10, 100, 10, 1.0, 0.1, 0.01, start=10) == pytest.approx(1.0)  # of the AR transformer
+    assert df.learning_rate(55, 100, 10, 1.0, 0.1, 0.01, start=10) == pytest.approx(0.505)
+    assert df.learning_rate(10, 10, 10, 1.0, 0.1, 0.01, start=10) <= 1.0
 
 
 def run(out, *more, expect=0, **settings):
@@ -1992,6 +2006,16 @@ def test_inception_pools_as_fid_wants(inception_file, tmp_path):
     (tmp_path / "other.pth").write_bytes(b"no")
     with pytest.raises(df.Refused, match=r"other\.pth"):
         df.InceptionV3(tmp_path / "other.pth")
+
+
+def test_inception_runs_on_cudnn_without_tf32_and_only_while_it_runs(inception_file):
+    inception, seen = df.InceptionV3(inception_file), []
+    cudnn = torch.backends.cudnn
+    inception.net.fc.register_forward_hook(lambda *args: seen.append((cudnn.enabled, cudnn.allow_tf32)))
+    before = cudnn.enabled, cudnn.allow_tf32
+    inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert seen == [(True, False)] and (cudnn.enabled, cudnn.allow_tf32) == before
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_moments_do_not_depend_on_the_batches():
@@ -2780,6 +2804,7 @@ def test_a_log_that_is_torn_or_no_log_is_gone_on_with_or_named(small, folder, tm
         shutil.copytree(small, out, dirs_exist_ok=True)
         with open(out / "log.jsonl", "ab") as file:
             file.write(end_of_log.encode(errors="surrogateescape"))
+        assert status or df.main([*command(out, folder), "--stage", "eval"]) == 0
         assert df.main([*command(out, folder, tok_steps=8, save_every=8), "--stage", "tokenizer"]) == status
         assert not status or "log.jsonl" in one_error(capsys.readouterr().err)
 
@@ -2979,6 +3004,16 @@ def like_one_process(small, out, names=("tokenizer.pt", "ar.pt"), tolerance=3e-5
         one, two = weights(small / name), weights(out / name)
         for k in one:
             assert (two[k].float() - one[k].float()).abs().mean() < tolerance, (name, k)
+
+
+def test_a_first_process_that_fails_lets_the_others_go_on_and_fail_too(monkeypatch):
+    """Ranks that wait for ever at a barrier that rank 0 never reaches."""
+    calls = []
+    monkeypatch.setattr(df.dist, "barrier", lambda: calls.append(1))
+    for rank in (0, 1):
+        with pytest.raises(df.Refused), df.Machine(CPU.device, rank=rank, world=2).first():
+            raise df.Refused("no network")
+        assert len(calls) == rank + 1
 
 
 def test_two_processes_train_like_one(small, folder, tmp_path):
