@@ -1908,7 +1908,7 @@ def loss_networks(config, machine, model):
         tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
     if config.disc_weight:
         judge = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
-            wrap(Dino(path(DINO)), config, machine))
+            wrap(Dino(path(DINO)).to(machine.device), config, machine))
         if machine.device.type == "cuda":
             judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge)
         judge.to(machine.device)

@@ -1652,6 +1652,16 @@ def test_every_download_has_a_source_and_a_hash_or_none():
         assert named is None or sha256.startswith(named[1])
 
 
+def test_all_networks_of_the_losses_go_to_the_device(nets):
+    """A frozen network that is no part of its module, left behind on the CPU."""
+    config = df.Config(**TINY | {"weights": str(nets), "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2})
+    machine = df.Machine(torch.device("meta"))
+    perceptual, tower, judge = df.loss_networks(config, machine, df.Tokenizer(config).to("meta"))
+    assert tower is None
+    for module in (perceptual, judge, judge.dino[0]):
+        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
 def test_losses_never_wait_for_the_gpu(judge, lpips):
     """A number fetched from the device in a training step: on the meta device there is none to fetch."""
     key, images = torch.zeros(1, dtype=torch.long, device="meta"), torch.empty(2, 3, 256, 256, device="meta")
