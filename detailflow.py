@@ -539,7 +539,7 @@ class Tokenizer(nn.Module):
         self.retry_queries = nn.Parameter(std * torch.randn(1, N, D))     # asks again, given what went wrong before
         self.query_positions = nn.Parameter(std * torch.randn(1, N, D))
         self.to_latent = nn.Linear(D, C)
-        self.to_query = nn.Linear(C, D)                                  # a given vector in the place of a query
+        self.to_query = nn.Linear(C, D)                                   # a given vector in the place of a query
         self.quantizer = Quantizer(config.codebook_size, C, config.commit_weight)
         self.vector_embed = nn.Linear(C, E)
         self.code_positions = nn.Parameter(std * torch.randn(1, N, E))
@@ -617,7 +617,7 @@ class Tokenizer(nn.Module):
         canvas becomes are patches -> pixels (B, 3, size, size), nominally in [-1, 1]."""
         n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
-        x = torch.cat([canvas, self.vector_embed(vectors) + self.code_positions[:, :n]], dim=1)   # (B, side^2 + n, E)
+        x = torch.cat([canvas, self.vector_embed(vectors) + self.code_positions[:, :n]], dim=1) # (B, side^2 + n, E)
         x = self.to_pixels(self.decoder(x)[:, :side * side])
         return unpatchify(x, self.config.dec_patch_size).float()
 
