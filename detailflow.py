@@ -378,11 +378,15 @@ class Block(nn.Module):
         for layer in (self.qkv, self.out, self.fc1, self.fc2):
             nn.init.zeros_(layer.bias)
 
+    def project(self, x):
+        """q, k and v of x (B, T, D), (B, h, T, D/h) each."""
+        return [split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1)]
+
     def forward(self, x, others=None, mask=None):
         """x (B, T, D) attends to itself and to `others`, k and v of P other tokens; mask (T, P + T).
         Returns the new x, and k and v of its own T tokens."""
-        q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        own = (k, v)
+        q, *own = self.project(x)
+        k, v = own
         if others is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(others, own, strict=True))           # (B, h, P + T, D/h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -558,10 +562,10 @@ class Tokenizer(nn.Module):
     def encode_patches(self, images):
         """(B, 3, H, W) in [-1, 1] -> k and v of the patches in each layer: all that queries read of them."""
         x, patches = self.encoder.embed(images), []                                             # (B, P, D)
-        for block in self.encoder.blocks:
+        for block in self.encoder.blocks[:-1]:
             x, kv = block(x)
             patches.append(kv)
-        return patches
+        return [*patches, self.encoder.blocks[-1].project(x)[1:]]   # what the last layer makes of patches nobody reads
 
     def encode_queries(self, queries, patches):
         """Queries (B, T, D) see all patches and the queries that the mask allows -> latents (B, T, C)."""
