@@ -2206,6 +2206,38 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
 
 
+def test_no_operation_mixes_devices(monkeypatch):
+    """A GPU's tensors, faked: they compute nothing, but an operation of them with a tensor of the CPU fails."""
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(df, "check", lambda *args, **more: None)  # it looks at values, and fakes have none
+    config = df.Config(**TINY | {"num_tokens": 12, "optimizer": "muon", "dropout": 0.1})
+    gpu, R, N = df.Machine(torch.device("cuda", 0)), config.image_size, config.num_tokens
+    with fake.FakeTensorMode():
+        with torch.device("cuda"):
+            tokenizer, model, judge = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
+            x, labels, codes = torch.zeros(4, 3, R, R), torch.zeros(4).long(), torch.zeros(4, N).long()
+            pixels, average = torch.zeros(4, 3, R, R).byte(), df.Tokenizer(config)
+        with pytest.raises(RuntimeError, match="two (different )?devices"):
+            x + torch.zeros(4, 3, R, R)
+        keys = torch.arange(4).to(gpu.device)
+        out = tokenizer(x, N, *df.draw_noise(config, keys, N))
+        tokenizer.quantizer.track(out.codes, gpu)
+        tokenizer.quantizer.revive(out.latents, df.root_key(0, "revive").to(gpu.device), gpu)
+        scores = judge(df.degrade(x, config, 6), x, df.root_key(0, "judge").to(gpu.device))
+        made = [out.pixels, out.code_loss, *tokenizer.quantizer.usage(), judge.loss(scores, 0.2, gpu)]
+        made += [model(labels, codes, keys), df.diff_augment(x, df.root_key(0, "judge").to(gpu.device), True)]
+        for module in (tokenizer, model):
+            for p in module.parameters():
+                p.grad = torch.zeros_like(p)
+            made.append(df.Optimizers(module, "muon", 1e-3).step(1e-3))
+        df.update_ema(average.requires_grad_(False), tokenizer, 0.99, 0)
+        made += [tokenizer.encode(x), tokenizer.decode(codes), tokenizer.triples(x, keys)]
+        for slow in (False, True):
+            made.append(df.generate(model, torch.arange(4), 2.0, "linear", 0.9, 5, 0.9, torch.arange(4), slow=slow))
+        made += [df.repairs(tokenizer, pixels), df.reconstructions(tokenizer, pixels), df.psnr(x, x), df.tf_resize(x)]
+        assert all(tensor.device == gpu.device for tensor in made)
+
+
 # == Shapes said in comments ==
 
 
