@@ -294,11 +294,11 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
 PRESETS = {
     "shapes": {},
     "cifar10": {
-        "data": "cifar10", "patch_size": 4, "num_tokens": 64, "group_size": 8, "codebook_size": 4096, "enc_width": 384,
-        "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 12000,
-        "tok_batch": 512, "tok_lr": 5e-4, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2, "disc_start": 6000,
-        "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 12000, "ar_batch": 512, "ar_lr": 5e-4,
-        "ar_warmup": 600, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
+        "data": "cifar10", "patch_size": 4, "num_tokens": 128, "group_size": 8, "codebook_size": 4096, "enc_width": 384,
+        "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
+        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
+        "disc_start": 7000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
+        "ar_lr": 5e-4, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
         "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
@@ -599,12 +599,13 @@ class Tokenizer(nn.Module):
         """
         c, G, N = self.config.causal_num, self.config.group_size, clean.codes.shape[1]
         position, start = torch.arange(N, device=start.device)[None], start[:, None]            # (1, N), (B, 1)
-        end = start + torch.where(start < c, 1, G)
-        noisy, redone = (position >= start) & (position < end), position >= end                 # (B, N) each
+        place, length = position - start, torch.where(start < c, 1, G)                          # (B, N), (B, 1)
+        noisy, redone = (place >= 0) & (place < length), place >= length                        # (B, N) each
 
-        near = self.quantizer.nearest(clean.latents, self.config.noise_topk)                    # (B, N, noise_topk)
-        rank = ranks.gather(1, (position - start).clamp(0, G - 1))                              # (B, N)
-        codes = torch.where(noisy, near.take_along_dim(rank[..., None], 2)[..., 0], clean.codes)
+        spoilt = clean.latents.take_along_dim((start + position[:, :G])[..., None], 1)          # (B, G, C)
+        near = self.quantizer.nearest(spoilt, self.config.noise_topk)                           # (B, G, noise_topk)
+        wrong = near.take_along_dim(ranks[..., None], 2)[..., 0]                                # (B, G)
+        codes = torch.where(noisy, wrong.gather(1, place.clamp(0, G - 1)), clean.codes)
 
         given = self.quantizer.lookup(codes).detach()                                           # (B, N, C), no gradient
         again = self.quantizer(self.encode_queries(
