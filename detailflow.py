@@ -298,7 +298,7 @@ PRESETS = {
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
         "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
         "disc_start": 7000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
-        "ar_lr": 5e-4, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
+        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
         "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
