@@ -1388,9 +1388,9 @@ class Folder(Images):
         self.side, self.share, self.workers = side, share, workers
         found, self.samples, self.broken = self.scan(Path(root), split)
         self.classes = classes or found
-        with blame(f"the {split} images of {root} must be of the classes of the training data"):
-            number = {label: self.classes.index(name) for label, name in enumerate(found)}
-        self.labels = torch.tensor([number[label] for _, label in self.samples])
+        unknown, number = set(found) - set(self.classes), {name: i for i, name in enumerate(self.classes)}
+        require(not unknown, f"the {split} images of {root} must be of the training data's classes", sorted(unknown))
+        self.labels = torch.tensor([number[found[label]] for _, label in self.samples])
 
     @staticmethod
     @functools.cache
@@ -1651,8 +1651,10 @@ def save_checkpoint(path, config, stage, step, about, parts):
 
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
-    if not Path(path).exists():
-        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one") from error
     with blame(f"{path} does not fit", ": delete it and train again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(not zipfile.ZipFile(path).testzip(), "checksums must be right", "another")      # torch compares none
@@ -2397,7 +2399,8 @@ class Bench:
         except torch.OutOfMemoryError:
             self.say(what=what, batch=batch, failed="does not fit into the GPU's memory")
             return False
-        peak = torch.cuda.max_memory_allocated() if self.gpu else 1024 * resource.getrusage(0).ru_maxrss   # so far
+        unit = 1 if sys.platform == "darwin" else 1024         # of ru_maxrss: the most so far
+        peak = torch.cuda.max_memory_allocated() if self.gpu else unit * resource.getrusage(0).ru_maxrss
         flops = counted.get_total_flops()
         self.say(what=what, batch=batch, seconds=median, first_seconds=first, images_per_s=batch / median,
                  gflop=flops / 1e9, share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median,
