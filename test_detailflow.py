@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import detailflow as df
 import sample
@@ -2208,34 +2209,55 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
 
 
-def test_no_operation_mixes_devices(monkeypatch):
+class OneDtype(TorchDispatchMode):
+    """Fails where a GPU's kernel would: it promotes sums, but no products, of bfloat16 and float32."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        strict = re.search(r"::(mm|mv|bmm|addmm|convolution|searchsorted|index_\w+|lerp_?)$", func._schema.name)
+        assert not strict or len({t.dtype for t in floats}) <= 1, (func, [t.dtype for t in floats])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
     """A GPU's tensors, faked: they compute nothing, but an operation of them with a tensor of the CPU fails."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     monkeypatch.setattr(df, "check", lambda *args, **more: None)  # it looks at values, and fakes have none
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)  # or autocast does nothing
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args: True)
     config = df.Config(**TINY)
-    gpu, R, N = df.Machine(torch.device("cuda", 0)), config.image_size, config.num_tokens
-    with fake.FakeTensorMode():
+    gpu, R, N = df.Machine(torch.device("cuda", 0), dtype), config.image_size, config.num_tokens
+    with fake.FakeTensorMode(), OneDtype():
         with torch.device("cuda"):
             tokenizer, model, judge = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
             x, labels, codes = torch.zeros(4, 3, R, R), torch.zeros(4).long(), torch.zeros(4, N).long()
             pixels, average = torch.zeros(4, 3, R, R).byte(), df.Tokenizer(config)
         with pytest.raises(RuntimeError, match=r"two (different )?devices"):
             x + torch.zeros(4, 3, R, R)
+        with pytest.raises(AssertionError, match=r"float32, torch\.bfloat16"):
+            x[0, 0] @ x[0, 0].bfloat16()
         keys, key = torch.arange(4).to(gpu.device), df.root_key(0, "step").to(gpu.device)
-        out = tokenizer(x, N, *df.draw_noise(config, keys, N))
+        with gpu.autocast():
+            assert tokenizer.to_latent(tokenizer.queries).dtype == dtype  # autocast is at work
+            out = tokenizer(x, N, *df.draw_noise(config, keys, N))
+            scores = judge(df.degrade(x, config, 6), out.pixels[:4], key)
+            logits = model(labels, codes, keys)
         tokenizer.quantizer.track(out.codes, gpu)
         tokenizer.quantizer.revive(out.latents, key, gpu)
-        scores = judge(df.degrade(x, config, 6), x, key)
-        made = [out.pixels, out.code_loss, *tokenizer.quantizer.usage(), judge.loss(scores, 0.2, gpu)]
-        made += [model(labels, codes, keys), df.diff_augment(x, key, True)]
+        made = [out.pixels, out.code_loss, *tokenizer.quantizer.usage(), judge.loss(scores, 0.2, gpu), logits]
+        assert {tensor.dtype for tensor in made} == {torch.float32}  # losses are taken in float32
+        made.append(df.diff_augment(x, key, True))
         for module in (tokenizer, model):
             for p in module.parameters():
                 p.grad = torch.zeros_like(p)
             made.append(df.Optimizers(module, config.optimizer, 1e-3).step(1e-3))
         df.update_ema(average.requires_grad_(False), tokenizer, 0.99, 0)
-        made += [tokenizer.encode(x), tokenizer.decode(codes), tokenizer.triples(x, keys)]
-        for slow in (False, True):
-            made.append(df.generate(model, torch.arange(4), 2.0, "linear", 0.9, 5, 0.9, torch.arange(4), slow=slow))
+        df.prepare_sampling(tokenizer, model, gpu, compiled=False)
+        with gpu.autocast():
+            made += [tokenizer.encode(x), tokenizer.decode(codes), tokenizer.triples(x, keys)]
+            for slow in (False, True):
+                made.append(df.generate(model, torch.arange(4), 2.0, "linear", 0.9, 5, 0.9, torch.arange(4), slow=slow))
         made += [df.repairs(tokenizer, pixels), df.reconstructions(tokenizer, pixels), df.psnr(x, x), df.tf_resize(x)]
         assert all(tensor.device == gpu.device for tensor in made)
 
