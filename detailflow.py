@@ -2361,9 +2361,9 @@ class Bench:
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
     def __init__(self, machine):
         self.machine, self.gpu, like = machine, machine.device.type == "cuda", {"device": machine.device}
-        big, n = torch.zeros(2, 2**26, **like), 8192 if self.gpu else 2048
+        big, n = torch.rand(2, 2**26, **like), 8192 if self.gpu else 2048
         self.bandwidth = big.nbytes / self.seconds(lambda: big[0].copy_(big[1]))[0]     # 256 MB read, as many written
-        square, layer = torch.ones(n, n, dtype=machine.dtype, **like), nn.Linear(n, n, dtype=machine.dtype, **like)
+        square, layer = torch.rand(n, n, dtype=machine.dtype, **like), nn.Linear(n, n, dtype=machine.dtype, **like)
         if not self.gpu and machine.dtype == torch.float32:                             # the fastest there is
             pack_linear(layer)
         with torch.no_grad():
@@ -2451,7 +2451,7 @@ def benchmark(config, machine):
     tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
     run_tokenizer, run_model = wrap(tokenizer, config, machine), wrap(model, config, machine)
     images = torch.rand(config.tok_batch // machine.world, 3, R, R, device=device) * 2 - 1
-    codes = torch.zeros(config.ar_batch // machine.world, N, dtype=torch.long, device=device)
+    codes = torch.randint(config.codebook_size, (config.ar_batch // machine.world, N), device=device)
     tok_keys, ar_keys = (torch.arange(len(x), device=device) for x in (images, codes))
 
     def tokenizer_loss(*noise):
@@ -2459,7 +2459,7 @@ def benchmark(config, machine):
         return out.pixels.square().mean() + out.code_loss
 
     def ar_loss():
-        return F.cross_entropy(run_model(codes[:, 0], codes, ar_keys).transpose(1, 2), codes)
+        return F.cross_entropy(run_model(codes[:, 0] % config.num_classes, codes, ar_keys).transpose(1, 2), codes)
 
     spoilt_loss = functools.partial(tokenizer_loss, *draw_noise(config, tok_keys, N))
     bench.train("tokenizer, with self-correction", images, tokenizer, config.optimizer, spoilt_loss)
