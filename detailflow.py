@@ -2399,7 +2399,7 @@ class Bench:
         except torch.OutOfMemoryError:
             self.say(what=what, batch=batch, failed="does not fit into the GPU's memory")
             return False
-        unit = 1 if sys.platform == "darwin" else 1024         # of ru_maxrss: the most so far
+        unit = 1 if sys.platform == "darwin" else 1024          # ru_maxrss, the most so far, is in KiB but on a Mac
         peak = torch.cuda.max_memory_allocated() if self.gpu else unit * resource.getrusage(0).ru_maxrss
         flops = counted.get_total_flops()
         self.say(what=what, batch=batch, seconds=median, first_seconds=first, images_per_s=batch / median,

@@ -2211,7 +2211,7 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
 
 
 class OneDtype(TorchDispatchMode):
-    """Fails where a GPU's kernel would: it promotes sums, but no products, of bfloat16 and float32."""
+    """Fails where a GPU's kernel would, though not its fake: at products (and the like) of bfloat16 and float32."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         floats = [t for t in args if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -3273,14 +3273,7 @@ def test_ctrl_c_ends_sample_with_one_line(small, tmp_path, monkeypatch, capsys):
     assert "interrupted" in one_error(capsys.readouterr().err, "\nsample.py: ".strip("\n"))
 
 
-def wrong_calls_of_models():
-    config, zero = df.Config(**TINY), torch.tensor([0])
-    tokenizer, ar = df.Tokenizer(config), df.ARTransformer(config)
-    codes = torch.zeros(1, 12, dtype=torch.long)
-
-    def drawn(labels=zero, **more):
-        return lambda: df.generate(ar, labels, **more)
-
+def wrong_settings():
     return [
         ("num_tokens", lambda: df.Config(num_tokens="32")),
         ("enc_width", lambda: df.Config(enc_width=96.0)),
@@ -3290,6 +3283,12 @@ def wrong_calls_of_models():
         ("accum", lambda: df.Config(accum=np.int64(1))),
         ("tok_lr", lambda: df.Config(tok_lr=math.nan)),
         ("workers", lambda: df.Config(workers=True)),
+    ]
+
+
+def wrong_calls_of_the_tokenizer():
+    tokenizer, codes = df.Tokenizer(df.Config(**TINY)), torch.zeros(1, 12, dtype=torch.long)
+    return [
         ("images must be a tensor", lambda: tokenizer.encode(np.zeros((1, 3, 16, 16)))),
         ("images must be a tensor", lambda: tokenizer.encode("x.png")),
         ("tensor", lambda: tokenizer.encode(None)),
@@ -3309,6 +3308,16 @@ def wrong_calls_of_models():
         ("got 0", lambda: tokenizer.decode(codes, size=0)),
         ("got 8.0", lambda: tokenizer.decode(codes, size=8.0)),
         ("size", lambda: tokenizer.decode(codes, size=-4)),
+    ]
+
+
+def wrong_calls_of_the_transformer():
+    ar, codes, zero = df.ARTransformer(df.Config(**TINY)), torch.zeros(1, 12, dtype=torch.long), torch.tensor([0])
+
+    def drawn(labels=zero, **more):
+        return lambda: df.generate(ar, labels, **more)
+
+    return [
         ("labels must be a tensor", lambda: ar([0], codes)),
         ("codes must be a tensor", lambda: ar(zero, [[0] * 12])),
         ("codes must be integers (B, 12)", lambda: ar(zero, codes[:, :6])),
@@ -3375,7 +3384,8 @@ def wrong_calls_of_the_rest(small):
 
 
 def test_wrong_calls_are_refused_in_one_line_that_names_the_value(small):
-    calls = [*wrong_calls_of_models(), *wrong_calls_of_the_rest(small)]
+    calls = [*wrong_settings(), *wrong_calls_of_the_tokenizer(), *wrong_calls_of_the_transformer()]
+    calls += wrong_calls_of_the_rest(small)
     assert len(calls) >= 40
     for i, (word, call) in enumerate(calls):
         with pytest.raises((df.Refused, IndexError), match=re.escape(word)) as error:
