@@ -2529,7 +2529,7 @@ def guarded(program, job, after_all="the same command goes on from the last chec
         return 0
     except (Refused, OSError, MemoryError, RuntimeError) as error:
         lines, runtime = str(error).strip().splitlines() or ["out of memory"], isinstance(error, RuntimeError)
-        if runtime and not re.search("out of memory|allocate|DataLoader worker", lines[0]):
+        if runtime and not re.search("out of memory|allocate|DataLoader worker|shared memory", lines[0]):
             raise
         text = lines[0] if runtime else re.sub(r"^[\w.]*Refused: ", "", lines[-1])      # a worker's has a traceback
         print(f"{program}: {text}", file=sys.stderr)

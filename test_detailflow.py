@@ -2616,6 +2616,33 @@ def test_a_really_full_disk_too(small, folder, tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee documentation"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. out of memory"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        RuntimeError("unable to open shared memory object </torch_1> in read-write mode: Permission denied (13)"),
+    ],
+)
+def test_too_little_memory_of_any_kind_is_one_line(error, capsys):
+    def job():
+        raise error
+
+    assert df.guarded("program", job) == 2
+    line = (str(error).splitlines() or ["out of memory"])[0]
+    assert capsys.readouterr().err == f"program: {line}\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    def job():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        df.guarded("program", job)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become nobody")
 def test_a_folder_that_may_not_be_written_is_one_line(small):
     root = Path(tempfile.mkdtemp())
