@@ -1,11 +1,11 @@
 """DetailFlow in one file: 1D coarse-to-fine image generation by next-detail prediction (arXiv 2505.21473).
 
 An image becomes N discrete tokens, ordered from global to fine: the first n of them decode to the image at
-resolution R(n), so each token adds detail to what is there. Nothing but supervision makes that order: with some
-probability only a prefix is decoded, against a degraded image. A class-conditional transformer then writes the
-tokens: the first group of G one by one (they fix the layout), every later group in one pass, G + N/G - 1 passes.
-Tokens drawn in parallel do not know of each other and err; so the tokenizer is trained to repair spoilt groups in
-later tokens (self-correction), and the transformer learns from such repaired sequences to repair its own errors.
+resolution R(n), so each token adds detail to what is there. The order comes from supervision alone: some training
+batches decode only a prefix, against a degraded image. A class-conditional transformer then generates the tokens:
+the first group of G one by one (they fix the layout), every later group in one pass: G + N/G - 1 passes in all.
+Tokens sampled in parallel cannot see each other, and so err. Hence the tokenizer learns to make up for a corrupted
+group in later tokens (self-correction), and from such sequences the transformer learns to repair its own errors.
 
     image (B, 3, R, R) --patches--> encoder <--N learned queries          stage 1: --stage tokenizer
             |                          | group-causal: token i never depends on later groups
@@ -16,17 +16,17 @@ later tokens (self-correction), and the transformer learns from such repaired se
     class ----> AR transformer --logits (B, N, V)--> loss <--------------------+  stage 2: --stage ar
             +-> G + N/G - 1 passes --> codes --> decoder --> image            sample.py
 
-Run       python detailflow.py                   all stages on pictures it draws itself: minutes, no download
-          python sample.py                       draws more with what was trained
+Run       python detailflow.py                   all stages, on synthetic shapes: minutes, no download
+          python sample.py                       more samples from what was trained
           python -m pytest -q                    the claims of this file, tested
 
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
           size, C code dimension, D width (E the decoder's), R image side, S side of what is decoded, p patch side,
           P patches, T positions in a pass, h heads
-Words     token: a place in the sequence; query: a learned input that asks the image for it; latent: the answer; code:
-          the integer it becomes; vector: that row of the codebook; machine: this process's device and share of the work
+Words     token: a position in the sequence; query: its learned input to the encoder; latent: the output there; code:
+          the index of the nearest codebook row; vector: that row; spoilt: swapped for near codes (paper: noisy)
 
-Contents  1 randomness as a function    2 settings (to look things up: begin at 3)
+Contents  1 randomness as a function    2 settings (for reference: begin at 3)
           the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
                           7 tokenizer and self-correction    8 adversarial loss    9 AR transformer    10 generation
           at its scale    11 published weights: the authors' models, SigLIP 2, LPIPS, DINO (skip it at first)
@@ -37,20 +37,20 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
           where gradients are cut: Quantizer.forward (6), Tokenizer.correct (7)
           where a group's tokens get their positions: rotary_table (9), ARTransformer.embed (9)
           what is cached: Tokenizer.encode_patches (7), ARTransformer.new_cache (9), extract_codes (16)
-          what is downloaded: WEIGHTS (11)                         what a step of training is: train_tokenizer (15)
-          an image's way: patchify (5), Tokenizer.encode_patches, Tokenizer.encode_queries (7), Quantizer.forward (6),
-          Tokenizer.decode_vectors (7); its codes' way: ARTransformer.embed, ARTransformer.run (9), draw_codes (10)
-          what to change: BUILT_IN, open_data (12) for other data; for one vector of a text in place of a class
+          what is downloaded: WEIGHTS (11)                         what a training step does: train_tokenizer (15)
+          path of an image: patchify (5), Tokenizer.encode_patches, Tokenizer.encode_queries (7), Quantizer.forward (6),
+          Tokenizer.decode_vectors (7); of its codes: ARTransformer.embed, ARTransformer.run (9), draw_codes (10)
+          what to change: BUILT_IN, open_data (12) for other data; to condition on a text vector, not on a class:
           ARTransformer.embed (9), generate (10), extract_codes (16)
 
-We follow the authors' code (ByteFlow-AI/DetailFlow) where it differs from the paper, as it made the published models,
-but for this (read it last). For speed: generation keeps a KV cache, and both passes of self-correction use the same
-patches. So that any number of GPUs trains alike: an image, and each of its ten crops, has a spoilt group and dropout of
-its own; a step decodes one prefix, on all GPUs; LeCam's means are everybody's, and saved. For safety: codes are chosen
-in float32; steps that are not finite are skipped; averaged weights warm up, or they would keep the random start for
-long; the discriminator first sees images when its loss starts. Evaluation: classes are balanced, unless random ones
-are asked for, and reconstructions too are judged by the Inception of 2015. Small presets, trained from scratch in
-minutes, use Muon, revive unused codes and start queries larger; the imagenet ones do none of the three.
+We follow the authors' code (ByteFlow-AI/DetailFlow), which made the published models, where it differs from the paper.
+Where we differ from it (read this last). For speed: generation keeps a KV cache, and both passes of self-correction
+share the patches. So that the number of GPUs hardly matters: each image, and each of its ten crops, has its own
+spoilt group and dropout; all GPUs decode the same prefix in a step; LeCam's means are global, and saved. For safety:
+codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random start would
+linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced, unless random
+ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but Muon, restarts
+of dead codes and a larger initial scale of queries; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -96,7 +96,7 @@ class Refused(ValueError):
     """A user's mistake. main() prints its one line, without a traceback, and exits with status 2."""
 
 def require(good, wanted, got):
-    """Refuse what is not as wanted."""
+    """Raise Refused unless good."""
     if not good:
         raise Refused(f"{wanted}, got {got}")
 
@@ -112,8 +112,8 @@ def check(x, name, shape, most=None):
 
 @contextlib.contextmanager
 def blame(what, remedy=""):
-    """What goes wrong inside is the fault of a file that the user gave, torn, foreign or hostile: there is no end of
-    kinds of errors. Raises Refused, one line."""
+    """Blame any error inside on a file that the user gave: torn, foreign or hostile, it can raise just about anything.
+    Raises Refused, one line."""
     try:
         yield
     except Exception as error:
@@ -122,10 +122,10 @@ def blame(what, remedy=""):
 
 # == 1. Randomness as a function =======================================================================================
 
-# Every random number of a run is a pure function of the seed, what it is for and which sample it is for; there is no
-# stream whose state would have to be kept. So a killed run goes on as if never stopped, two GPUs train like one, and
-# image i looks the same in a batch of 1 or of 64: uniform(fold(root_key(seed, "codes"), i), 3) are three numbers for
-# sample i, an int64 tensor. (Only initial weights and the order of images come from torch's own generators, seeded.)
+# Every random number of a run is a pure function of the seed, its purpose and its sample (as with JAX's keys): there is
+# no generator state to save. So a killed run resumes as if never stopped, two GPUs train like one, and image i looks
+# the same in a batch of 1 or of 64. For an int64 tensor i, uniform(fold(root_key(seed, "codes"), i), 3) gives three
+# numbers for each sample in i. (Only initial weights and the order of images come from torch's own generators, seeded.)
 
 GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -181,7 +181,7 @@ class Config:
     log_every: int = setting("run", 100, "steps between two lines of the log", 1)
     save_every: int = setting("run", 500, "steps between two checkpoints, each with a picture", 1)
     optimizer: str = setting("training", "muon", "for the transformers' matrices", one_of=("muon", "adamw"))
-    accum: int = setting("training", 1, "parts a process splits its batch into, to save memory", 1)
+    accum: int = setting("training", 1, "gradient accumulation: parts of each process's batch", 1)
     data: str = setting("data", "shapes", "shapes (drawn), cifar10 (downloaded) or a folder of image class folders")
     image_size: int = setting("data", 32, "R, side of the square images in pixels", 1, 8192)
     num_classes: int = setting("data", 10, "classes; training takes it from the data", 1, 1000000)
@@ -208,15 +208,15 @@ class Config:
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
     tok_warmup: int = setting("tokenizer training", 100, "steps of linear warm-up")
-    tok_ema: float = setting("tokenizer training", 0.99, "decay of the averaged weights; 0: none", high=0.99999)
+    tok_ema: float = setting("tokenizer training", 0.99, "decay of the EMA of weights; 0: none", high=0.99999)
     coarse_prob: float = setting("tokenizer training", 0.2, "share of batches that decode a random prefix", high=1)
     correction: bool = setting("tokenizer training", True, "train self-correction")
-    noise_topk: int = setting("tokenizer training", 50, "self-correction swaps a code for one of so many nearest", 1)
+    noise_topk: int = setting("tokenizer training", 50, "self-correction: nearest codes to draw a spoilt one from", 1)
     min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side images are shrunk to", 0, 8192)
     dynamic_prob: float = setting("tokenizer training", 0.0, "dynamic resolution: share of batches shrunk", high=1)
     commit_weight: float = setting("tokenizer training", 0.25, "beta, weight of the commitment loss")
-    revive_every: int = setting("tokenizer training", 50, "steps between reviving unused codes, early on; 0: never")
-    init_std: float = setting("tokenizer training", 0.3, "scale at which queries and positions start; 0: the authors'")
+    revive_every: int = setting("tokenizer training", 50, "steps between restarts of dead codes, early on; 0: never")
+    init_std: float = setting("tokenizer training", 0.3, "initial std of queries and positions; 0: the authors'")
     enc_init: str = setting("tokenizer training", "random", "encoder starts from", one_of=("random", "siglip2"))
     align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
     align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1, 65536)
@@ -231,19 +231,19 @@ class Config:
     ar_heads: int = setting("AR transformer", 4, "attention heads", 1, 256)
     ar_mlp: int = setting("AR transformer", 0, "SwiGLU width; 0: 8/3 of the width, up to a multiple of 256", 0, 65536)
     dropout: float = setting("AR transformer", 0.1, "dropout of inputs, attention and MLP outputs", high=0.99)
-    class_dropout: float = setting("AR transformer", 0.1, "share of labels made the null class, for guidance", high=1)
+    class_dropout: float = setting("AR transformer", 0.1, "share of labels replaced by the null class, for CFG", high=1)
     ar_steps: int = setting("AR training", 1000, "optimiser steps", 1)
     ar_batch: int = setting("AR training", 64, "sequences per step, over all processes", 1)
     ar_lr: float = setting("AR training", 1e-3, "peak learning rate", high=1)
     ar_warmup: int = setting("AR training", 50, "steps of linear warm-up")
-    ar_ema: float = setting("AR training", 0.99, "decay of the averaged weights; 0: none", high=0.99999)
+    ar_ema: float = setting("AR training", 0.99, "decay of the EMA of weights; 0: none", high=0.99999)
     ar_weight_decay: float = setting("AR training", 0.05, "weight decay of matrices and embeddings")
-    correction_share: float = setting("AR training", 0.3, "share of sequences with a spoilt group", high=1)
+    correction_share: float = setting("AR training", 0.3, "share of self-corrected sequences", high=1)
     guidance: float = setting("sampling", 2.0, "classifier-free guidance scale; 1: none, half the work")
     schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
-    temperature: float = setting("sampling", 1.0, "sampling temperature; 0: always the likeliest code")
+    temperature: float = setting("sampling", 1.0, "sampling temperature; 0: greedy")
     top_k: int = setting("sampling", 0, "draw among the k likeliest codes; 0: all")
-    top_p: float = setting("sampling", 1.0, "draw among the likeliest codes of this joint probability", 1e-6, 1)
+    top_p: float = setting("sampling", 1.0, "draw among the likeliest codes of this total probability", 1e-6, 1)
     eval_samples: int = setting("evaluation", 2000, "images generated to measure FID", 2)
     eval_batch: int = setting("evaluation", 250, "images per batch of evaluation and token extraction", 1)
     inception: str = setting("evaluation", "none", "Inception weights for FID: a file, auto (95 MB download) or none")
@@ -315,8 +315,8 @@ def prefix_lengths(config):
 def resolution(config, n):
     """R(n), the side in pixels that the first n tokens explain: R(1) = 1, ..., R(N) = R.
 
-    R(n) = R - (R - 1) / (N - 1)^alpha * (N - n)^alpha, cut to an integer as in the authors' code. alpha > 1 rises
-    fast at first: few tokens buy the layout, most are spent on detail. For N = 8, R = 16, alpha = 1.5, p = 4:
+    R(n) = R - (R - 1) / (N - 1)^alpha * (N - n)^alpha, truncated to an integer as in the authors' code. With alpha > 1
+    it rises fast at first, more slowly later, where detail needs more tokens. For N = 8, R = 16, alpha = 1.5, p = 4:
 
         tokens n      1   2   3   4   5   6   7   8
         R(n)          1   4   6   9  11  13  15  16
@@ -327,7 +327,7 @@ def resolution(config, n):
     return min(max(int(R - slope * (N - n) ** config.alpha), 1), R)
 
 def decoder_size(config, n):
-    """Side of the image that the decoder paints from n tokens: R(n) rounded up to whole patches."""
+    """Side of the image decoded from n tokens: R(n) rounded up to whole patches (paper: to the nearest)."""
     return math.ceil(resolution(config, n) / config.dec_patch_size) * config.dec_patch_size
 
 def resize(images, side):
@@ -338,8 +338,8 @@ def resize(images, side):
 
 def degrade(images, config, n):
     """The target for n tokens: (B, 3, R, R) in [-1, 1] -> (B, 3, S, S) with S = decoder_size(n).
-    Area-averaged down to R(n), which removes what n tokens are not asked for, then bicubic up to what the decoder
-    paints. The first token's target is the mean colour, that of all N tokens the image itself."""
+    Area-averaged down to R(n), which removes the detail that n tokens need not show, then bicubic up to the decoder's
+    size. The target of the first token is the mean colour, that of all N tokens the image itself."""
     return resize(resize(images, resolution(config, n)), decoder_size(config, n))
 
 # == 4. The mask: bool, True = may attend; one rule for the encoder's queries and for the AR transformer ===============
@@ -347,8 +347,8 @@ def degrade(images, config, n):
 def group_causal_mask(length, causal_num, group_size):
     """(T, T) bool: row i says which positions j position i may attend to.
 
-    The first c positions, a multiple of G, see those before them and themselves; a later one sees everything up to
-    the end of its own group, so that a group can be computed at once. For T = 6, c = 2, G = 2:
+    The first c positions (c a multiple of G) see themselves and those before; a later one sees everything up to
+    the end of its own group, so that a group can be computed in one pass. For T = 6, c = 2, G = 2:
 
         0 | 1 . . . . .     the first c = 2: one by one
         1 | 1 1 . . . .
@@ -394,7 +394,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh")), own
 
 def patchify(images, p):
-    """(B, 3, H, W) -> (B, P, p * p * 3): patches row by row; inside a patch row, column, channel."""
+    """(B, 3, H, W) -> (B, P, p * p * 3): patches row by row; within each: row, column, channel."""
     x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))                                      # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -405,8 +405,8 @@ def unpatchify(x, p):
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 class ViT(nn.Module):
-    """Layers, a final norm and a grid x grid table of positions; with a patch side p also an embedding of patches,
-    which a decoder does not need."""
+    """Layers, a final norm and a grid x grid table of position embeddings; given a patch side p, also a patch
+    embedding, which the decoder does not need."""
     def __init__(self, width, depth, heads, mlp, grid, init_std, p=None):
         super().__init__()
         self.grid, self.p = grid, p
@@ -417,7 +417,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def embed(self, images):
-        """Patches and their positions: (B, 3, H, W) in [-1, 1] -> (B, P, D)."""
+        """Patch + position embeddings: (B, 3, H, W) in [-1, 1] -> (B, P, D)."""
         rows, columns = images.shape[2] // self.p, images.shape[3] // self.p
         return self.patch_embed(patchify(images, self.p)) + self.position_grid(rows, columns)
 
@@ -430,7 +430,7 @@ class ViT(nn.Module):
         return table[0].flatten(1).T
 
     def forward(self, x):
-        """All layers and the norm: (B, T, D), each of which sees all -> (B, T, D)."""
+        """All layers, with full attention, and the norm: (B, T, D) -> (B, T, D)."""
         for block in self.blocks:
             x, _ = block(x)
         return self.norm(x)
@@ -444,11 +444,11 @@ class Quantized(NamedTuple):
     error: torch.Tensor     # (B, T) codebook loss + beta * commitment loss, |e - z|^2 / C each
 
 class Quantizer(nn.Module):
-    """A latent becomes the nearest of V codebook rows, all at unit length. A choice has no gradient: the row takes the
-    latent's ("straight through"), and the error draws the row to the latent (codebook loss) and, weighted by beta, the
-    latent to the row (commitment loss)."""
-    WINDOW = 65536          # so many of the last codes are counted
-    AT_ONCE = 2**24         # cosines in memory at a time (64 MB): all of a large batch with 8,192 codes would be a GB
+    """A latent becomes the nearest of V codebook rows, all at unit length. The choice has no gradient: the row's is
+    passed to the latent instead ("straight through"), and the error pulls the row to the latent (codebook loss) and,
+    weighted by beta, the latent to the row (commitment loss)."""
+    WINDOW = 65536          # usage is averaged over about so many codes
+    AT_ONCE = 2**24         # cosines in memory at once (64 MB): a large batch with 8,192 codes would need a GB
 
     def __init__(self, codebook_size, code_dim, commit_weight):
         super().__init__()
@@ -477,7 +477,7 @@ class Quantizer(nn.Module):
             codes = self.nearest(z, 1)[..., 0]
             e = self.lookup(codes)
             error = (e - z.detach()).square().mean(-1) + self.commit_weight * (e.detach() - z).square().mean(-1)
-            return Quantized(z + (e - z).detach(), codes, z, error)     # straight through: e, with the gradient of z
+            return Quantized(z + (e - z).detach(), codes, z, error)     # straight through: value e, gradient to z
 
     @torch.no_grad()
     def track(self, codes, machine):
@@ -488,7 +488,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, latents, key, machine):
-        """Codes that hardly anything chose lately become random latents of the batch: a small codebook trained from
+        """Reset dead codes, hardly chosen of late, to random latents of the batch: a small codebook trained from
         scratch would otherwise use a few dozen codes, all on the side of the sphere where training began."""
         everyone = latents.new_zeros(machine.world, *latents.shape)
         everyone[machine.rank] = latents
@@ -507,7 +507,7 @@ class Quantizer(nn.Module):
 class Correction(NamedTuple):   # the rows of the drawing in Tokenizer.correct
     vectors: torch.Tensor   # (B, N, C) to be decoded
     shown: torch.Tensor     # (B, N) the same as codes: what the AR transformer is shown
-    targets: torch.Tensor   # (B, N) codes: what it shall predict
+    targets: torch.Tensor   # (B, N) codes: what it is to predict
     error: torch.Tensor     # (B, N) quantisation error of the tokens that were encoded again, 0 elsewhere
     redone: torch.Tensor    # (B, N) bool, True where a token was encoded again
 
@@ -516,12 +516,12 @@ class TokenizerOutput(NamedTuple):
     code_loss: torch.Tensor # scalar: codebook and commitment loss
     codes: torch.Tensor     # (B, N) clean codes
     latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
-    guess: torch.Tensor     # (B, teacher_width) what the first token says of the image, for alignment; or None
+    guess: torch.Tensor     # (B, teacher_width) SigLIP 2's feature as predicted by the first token; or None
 
 def draw_noise(config, keys, prefix):
-    """In every batch one group of each image is spoilt, or one of the first c tokens: keys (B,) -> its start (B,),
-    ranks (B, G) as in Tokenizer.correct; None, None: nothing. Never the last parallel group of the prefix, which
-    nothing later could repair. (Within the first c even the last token, as in the authors' code.)"""
+    """Choose what to spoil in each image of every batch, a group or one of the first c tokens: keys (B,) -> its start
+    (B,), ranks (B, G) as in Tokenizer.correct; or None, None. Never the last parallel group of the prefix, which
+    nothing later could repair. (But the last token of a prefix up to c may be hit, as in the authors' code.)"""
     G, c = config.group_size, config.causal_num
     span = prefix if prefix <= c else prefix - G
     if not config.correction or prefix == 1 or span == 0:
@@ -551,13 +551,13 @@ class Tokenizer(nn.Module):
         self.decoder = ViT(E, config.dec_depth, config.dec_heads, config.dec_mlp, config.dec_grid,
                            config.init_std or E**-0.5)
         self.to_pixels = nn.Linear(E, 3 * config.dec_patch_size**2)
-        if config.align_weight:             # what SigLIP 2 sees in the image, guessed from the first token
+        if config.align_weight:             # predicts SigLIP 2's feature of the image from the first token
             A, T = config.align_width, config.teacher_width
             self.align_head = nn.Sequential(nn.Linear(C, A), nn.SiLU(), nn.Linear(A, A), nn.SiLU(), nn.Linear(A, T))
         mask = group_causal_mask(N, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
 
-    # -- Encoder. Patches never look at queries: what they are in each layer serves both passes of self-correction --
+    # -- Encoder. Patches never attend to queries, so that both passes of self-correction can share their k and v --
 
     def encode_patches(self, images):
         """(B, 3, H, W) in [-1, 1] -> k and v of the patches in each layer: all that queries read of them."""
@@ -565,7 +565,7 @@ class Tokenizer(nn.Module):
         for block in self.encoder.blocks[:-1]:
             x, kv = block(x)
             patches.append(kv)
-        return [*patches, self.encoder.blocks[-1].project(x)[1:]]   # what the last layer makes of patches nobody reads
+        return [*patches, self.encoder.blocks[-1].project(x)[1:]]   # no query reads patches after the last layer
 
     def encode_queries(self, queries, patches):
         """Queries (B, T, D) see all patches and the queries that the mask allows -> latents (B, T, C)."""
@@ -584,16 +584,16 @@ class Tokenizer(nn.Module):
     # -- Self-correction --
 
     def correct(self, patches, clean, start, ranks):
-        """Spoil one group of codes and let the encoder make the best of it in the rest (paper, Section 3.3).
+        """Spoil one group of codes and let the encoder compensate in those after it (paper, Section 3.3).
 
         start (B,): where the noise begins; below c it spoils one token, else a whole group. ranks (B, G): which of
-        its nearest codes a spoilt token becomes, 0 being itself. With N = 8, G = c = 2 and start = 2:
+        the nearest codes replaces a spoilt one, 0 being itself. With N = 8, G = c = 2 and start = 2:
 
             token      0   1   2   3   4   5   6   7
             clean      a0  a1  a2  a3  a4  a5  a6  a7      the first pass
             queries    a0  a1  x2  x3  q4  q5  q6  q7      given codes (x: spoilt), then "retry" queries
             gradient    -   -   -   -   +   +   +   +      given codes are constants
-            vectors    a0  a1  x2  x3  b4  b5  b6  b7      must decode to the image all the same: b repairs x
+            vectors    a0  a1  x2  x3  b4  b5  b6  b7      must still decode to the image: b repairs x
             shown      a0  a1  x2  x3  b4  b5  b6  b7      what a sampler may have drawn so far ...
             targets    a0  a1  a2  a3  b4  b5  b6  b7      ... and what it should have drawn, or should draw now
         """
@@ -618,8 +618,8 @@ class Tokenizer(nn.Module):
     # -- Decoder --
 
     def decode_vectors(self, vectors, size):
-        """A canvas of equal learned tokens with positions, and vectors (B, n, C) of codes: all see all, and what the
-        canvas becomes are patches -> pixels (B, 3, size, size), nominally in [-1, 1]."""
+        """Vectors (B, n, C) of codes -> pixels (B, 3, size, size), nominally in [-1, 1]. A canvas, mask tokens
+        with positions, and the vectors all attend to each other; the canvas is read out as patches."""
         n, side = vectors.shape[1], size // self.config.dec_patch_size
         canvas = (self.mask_token + self.decoder.position_grid(side, side)).expand(len(vectors), -1, -1)
         x = torch.cat([canvas, self.vector_embed(vectors) + self.code_positions[:, :n]], dim=1) # (B, side^2 + n, E)
@@ -636,7 +636,7 @@ class Tokenizer(nn.Module):
         if start is not None:
             fixed = self.correct(patches, clean, start, ranks)
             vectors = torch.cat([vectors, fixed.vectors])                                       # (2B, N, C)
-            # The mean over all tokens that were encoded: N in the first pass, those after the noise in the second.
+            # The mean over all encoded tokens: N in the first pass, those after the noise in the second.
             tokens = clean.codes.shape[1] + fixed.redone.sum(1)
             code_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
         pixels = self.decode_vectors(vectors[:, :prefix], decoder_size(self.config, prefix))
@@ -673,12 +673,12 @@ class Tokenizer(nn.Module):
         fixed = self.correct(patches, clean, start, ranks)
         return torch.stack([clean.codes, fixed.shown, fixed.targets], dim=1)
 
-# == 8. Adversarial loss (optional): what decoded images lack, a discriminator learns to see ===========================
+# == 8. Adversarial loss (optional): a discriminator learns to see what decoded images lack ============================
 
 class Discriminator(nn.Module):
-    """Real or decoded? What discriminators share; they differ in score(images, key) and in how they augment."""
+    """Real or decoded? What both discriminators share; each adds its own score(images, key) and augment()."""
     LECAM, DECAY = 0.001, 0.999
-    consistency = 0.0           # weight of the demand that strong augmentation does not change a score
+    consistency = 0.0           # weight of the loss on score changes under strong augmentation
 
     def __init__(self):
         super().__init__()
@@ -697,8 +697,8 @@ class Discriminator(nn.Module):
         return [self.scores(x, fold(key, i), weak) for x, i, weak in views if weak or self.consistency]
 
     def loss(self, scores, weight, machine):
-        """Hinge, plus LeCam: real scores are kept from running far above the usual fake one, and vice versa. The
-        authors weight both by disc_weight as they do the decoder's part, but not the consistency."""
+        """Hinge, plus LeCam, which keeps real scores from running far above the mean fake one, and vice versa. As in
+        the authors' code, disc_weight scales both, and the decoder's loss, but not the consistency."""
         real, fake, *strong = scores
         means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
         self.anchors.lerp_(torch.where(means.isfinite(), means, self.anchors), 1 - self.DECAY)
@@ -708,7 +708,7 @@ class Discriminator(nn.Module):
         return weight * (hinge + self.LECAM * lecam) + self.consistency * same
 
 class PatchDiscriminator(Discriminator):
-    """Of the small presets: a small convolutional judge of neighbourhoods of 16 x 16 pixels."""
+    """For the small presets: a convolutional network that scores patches of 26 x 26 pixels."""
     def __init__(self, image_size, width=64):
         super().__init__()
         self.image_size = image_size
@@ -719,12 +719,12 @@ class PatchDiscriminator(Discriminator):
                                  norm(nn.Conv2d(4 * width, 1, 3, 1, 1)))
 
     def score(self, images, key):
-        """(B, 3, S, S) in [-1, 1] -> scores (B, 1, s, s). What short prefixes decode to is enlarged first."""
+        """(B, 3, S, S) in [-1, 1] -> scores (B, 1, s, s). Images from short prefixes are enlarged first."""
         if images.shape[-1] < self.image_size:
             images = F.interpolate(images, (self.image_size,) * 2, mode="bilinear", align_corners=False)
         return self.net(images)
 
-# == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.4) =============
+# == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.3) =============
 
 # Position p of the sequence predicts code p. What it is given, for N = 8, G = c = 2:
 #
@@ -733,17 +733,17 @@ class PatchDiscriminator(Discriminator):
 #     predicts  code 0 code 1 code 2 code 3 code 4 code 5 code 6 code 7
 #     pass        1      2    '---- 3 ----' '---- 4 ----' '---- 5 ----'       G + N/G - 1 = 5 passes
 #
-# The first parallel group has one code to go on from and no codes for its other positions: G - 1 learned special
-# tokens stand there. Codes of a pass are drawn independently: each from its right distribution given all before, but
-# not given each other. Where they go on with detail that is nearly settled, that is right. Where not, it errs: if 1, 2
-# and 2, 1 are equally likely, each drawn by itself gives 1, 1 or 2, 2 half of the time. Hence the first group, which
-# settles the layout, is drawn one by one, and later groups have learned to make up for errors (self-correction).
+# The first parallel group has one preceding code as input; G - 1 learned special tokens (the paper's mask tokens) fill
+# its other positions. Codes of one pass are sampled independently, each from the right distribution given all before,
+# but not given each other. Where the detail is nearly determined, no harm is done. Elsewhere it is: if (1, 2) and
+# (2, 1) are equally likely, independent draws give (1, 1) or (2, 2) half of the time. Hence the first group, which
+# fixes the layout, is sampled one by one, and later groups have learned to make up for errors (self-correction).
 
 def rotary_table(config):
-    """Rotary positions in two dimensions: (cos, sin), (N, D/h/2, 2), half of the pairs turning with the group, half
-    with the place in it. Position i + 1 has group i // G, place i % G (the mask groups it by (i + 1) // G: one off, as
-    in the authors' code). Row 0, the class, is all zero, not (1, 0): its query and key vanish in every layer, so that
-    every position reads it with attention logit 0."""
+    """Two-dimensional RoPE: (cos, sin), (N, D/h/2, 2); half of the pairs rotate with the group, half with the place in
+    it. Position i + 1 has group i // G, place i % G (the mask groups it by (i + 1) // G: off by one, as in the authors'
+    code). Row 0, the class, is all zeros, not (1, 0): its query and key vanish in every layer, so that every position
+    attends to it with logit 0."""
     quarter = config.ar_width // config.ar_heads // 4
     frequency = 10000.0 ** -(torch.arange(quarter) / quarter)
     i = torch.arange(config.num_tokens - 1)[:, None]
@@ -768,8 +768,8 @@ class ARBlock(nn.Module):
         self.w2 = nn.Linear(hidden, D, bias=False)
 
     def forward(self, x, rotary, mask, cache=None, positions=None, keys=None):
-        """x (B, T, D), with angles rotary (T, D/h/2, 2), attends to itself as mask (T, T) allows; or, with a cache
-        (2, B, h, N, D/h) where its own keys and values are added at `positions` (T,), to that, with mask (T, N)."""
+        """x (B, T, D), with angles rotary (T, D/h/2, 2), attends to itself as mask (T, T) allows; or writes its keys
+        and values into a cache (2, B, h, N, D/h) at `positions` (T,) and attends to that, with mask (T, N)."""
         q, k, v = (split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
@@ -780,7 +780,7 @@ class ARBlock(nn.Module):
         return x + dropout(self.w2(F.silu(self.w1(h)) * self.w3(h)), self.rate, keys, 1)
 
 class ARTransformer(nn.Module):
-    """Writes the N codes of an image of a given class, coarse to fine."""
+    """Predicts the N codes of an image of a given class, coarse to fine."""
     def __init__(self, config):
         super().__init__()
         self.config, self.cache = config, [None]
@@ -800,7 +800,7 @@ class ARTransformer(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def embed(self, labels, codes):
-        """The inputs drawn above, as far as k codes go: labels (B,), codes (B, k) -> (B, T, D); specials if k >= c."""
+        """The inputs drawn above, up to k codes given: labels (B,), codes (B, k) -> (B, T, D); specials if k >= c."""
         c = self.config.causal_num
         parts = [self.class_embed(labels)[:, None], self.code_embed(codes[:, :c])]
         if codes.shape[1] >= c:
@@ -808,24 +808,24 @@ class ARTransformer(nn.Module):
         return torch.cat(parts, dim=1)
 
     def run(self, x, keys=None):
-        """Layers and head: x (B, T, D), all positions from 0, which the mask orders -> logits (B, T, V) float32."""
+        """Layers and head: x (B, T, D), positions 0..T-1, under the causal mask -> logits (B, T, V) float32."""
         T = x.shape[1]
         for i, block in enumerate(self.blocks):
             x = block(x, self.rotary[:T], self.mask[:T, :T], keys=None if keys is None else fold(keys, i))
         return self.output(self.norm(x)).float()
 
     def step(self, x, positions, cache):
-        """A pass of generate(): x (B, T, D) is what stands at `positions` (T,), one or a group, and reads the cache
-        where the mask allows -> logits (B, T, V) float32. No shape tells how far we are, so that on a GPU two compiled
-        graphs, for one position and for a group, serve all passes."""
+        """A pass of generate(): inputs x (B, T, D) at `positions` (T,), one or a group, attend to the cache as the mask
+        allows -> logits (B, T, V) float32. No shape depends on how far we are, so that on a GPU two compiled graphs,
+        for one position and for a group, serve all passes."""
         rotary, mask = self.rotary[positions], self.mask[positions]                         # (T, D/h/2, 2), (T, N)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x = block(x, rotary, mask, layer_cache, positions)
         return self.output(self.norm(x)).float()
 
     def new_cache(self, batch):
-        """The cache of keys and values, for each layer (2, B, h, N, D/h): the same memory again where it fits, as CUDA
-        graphs want; the mask hides what an earlier batch left there."""
+        """The KV cache, for each layer (2, B, h, N, D/h). Memory is reused where shapes agree, as CUDA graphs require;
+        the mask hides what an earlier batch left there."""
         like, c = self.output.weight, self.config
         shape = 2, batch, c.ar_heads, c.num_tokens, c.ar_width // c.ar_heads
         old = self.cache[0]
@@ -840,7 +840,7 @@ class ARTransformer(nn.Module):
         Position i predicts code i, from the class and from codes of earlier groups (for i < c: all earlier codes).
         keys (B,): one a sample, for dropout in training; None: no dropout. Raises Refused."""
         N, G, K = self.config.num_tokens, self.config.group_size, self.config.num_classes
-        if keys is None:                        # in training a GPU would have to wait for the answer
+        if keys is None:                        # in training this would make a GPU wait
             check(codes, "codes", ("B", N), self.config.codebook_size - 1)
             check(labels, "labels", (len(codes),), K)
         else:
@@ -857,8 +857,8 @@ def decoding_spans(config, num_tokens):
     return [(i, i + 1) for i in range(min(c, num_tokens))] + [(i, i + G) for i in range(c, num_tokens, G)]
 
 def guidance_scale(config, start, guidance, schedule):
-    """Classifier-free guidance goes from the logits without the class to those with it, and beyond: this far, in the
-    pass that begins at position `start`. constant: the same for all. linear, the authors' "gradual": full for the
+    """Scale of classifier-free guidance in the pass that begins at position `start`: 0 gives the logits without the
+    class, 1 those with it, more goes beyond. constant: the same for all. linear, the authors' "gradual": full for the
     first c codes, then for group i of K = N/G: guidance * (K - i + 1) / (K + 1)."""
     if schedule == "constant" or start < config.causal_num:
         return guidance
@@ -877,9 +877,9 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Codes (B, T) from logits (B, T, V) and uniform u (B, T), each position for itself. Temperature 0, or so low that
+    """Codes (B, T) from logits (B, T, V) and uniform u (B, T), each on its own. Temperature 0, or so low that
     logits might overflow: argmax.
-    Inverse transform sampling: the first code at which the cumulated probability exceeds u."""
+    Inverse transform sampling: the first code at which the cumulative probability exceeds u."""
     if temperature < 1e-6:
         return logits.argmax(dim=-1)
     p = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1).double().cumsum(dim=-1)
@@ -889,7 +889,7 @@ def draw_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 @torch.no_grad()
 def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, top_k=0, top_p=1.0, seeds=None,
              num_tokens=None, slow=False):
-    """Draw images: labels (B,) -> codes (B, N) int64; or only the first num_tokens, a small picture sooner.
+    """Draw images: labels (B,) -> codes (B, N) int64; or only the first num_tokens: a smaller image, sooner.
     seeds: an integer for each image [fresh ones from torch's generator]. What image i becomes depends on its label and
     seed, not on its batch. slow=True recomputes every position in every pass, as the authors' code does: the
     reference that the cache is tested against. Raises Refused."""
@@ -923,8 +923,8 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     return codes[:len(u)]
 
 def pack_linear(*modules):
-    """For speed alone, on a CPU: linear layers with their weights, as they are now, in the blocked order of oneDNN. The
-    few rows of a pass read them much faster so, and reading them is most of the time that a pass takes."""
+    """For speed alone, on a CPU: repack the present weights of linear layers in oneDNN's blocked order. With the few
+    rows of a pass, most of the time goes into reading weights, and that becomes much faster."""
     op = torch.ops.mkldnn
     if torch.backends.mkldnn.is_available() and hasattr(op, "_linear_pointwise"):
         for layer in (m for module in modules for m in module.modules() if type(m) is nn.Linear):
@@ -933,9 +933,9 @@ def pack_linear(*modules):
                                               algorithm="")
 
 def prepare_sampling(tokenizer, model, machine, compiled):
-    """For speed alone, once training is over: weights in the dtype that is computed in; on a CPU packed; on a GPU,
-    compiled, passes of generate() and the decoder as CUDA graphs of hundreds of small kernels, which would take longer
-    to launch than to run."""
+    """For speed alone, once training is over: cast weights to the compute dtype; on a CPU, pack them; on a GPU, if
+    `compiled`, make CUDA graphs of a pass of generate() and of the decoder, hundreds of small kernels that would take
+    longer to launch than to run."""
     for p in model.parameters():                        # (the table of angles stays float32)
         p.data = p.data.to(machine.dtype)
     if machine.device.type == "cpu" and machine.dtype == torch.float32:
@@ -1138,7 +1138,7 @@ def load_official(path):
     model.weights_of = entry
     return model
 
-# -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.3) --
+# -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.4) --
 
 def siglip_tower(path, layers, heads=16):
     """The first layers of SigLIP 2's vision tower, from its model.safetensors: a frozen ViT. The norm after its last
@@ -1197,7 +1197,7 @@ class LPIPS(nn.Module):
 
 def diff_augment(images, key, weak):
     """DiffAugment (arXiv 2006.10738): images (B, 3, S, S), key (1,) -> the same shape, differentiable.
-    Colour, translation by up to S/8, and cutout, drawn for each image. weak: each of the three at odds of
+    Colour, translation by up to S/8, and cutout, drawn for each image. weak: each of the three with chance
     1/2, one draw for the batch, and a hole of 0.2 S; else all three, and a hole of 0.5 S."""
     S, use = images.shape[-1], uniform(key, 3)[0] < (0.5 if weak else 1.0)              # (3,) bool
     rows, columns = torch.arange(S, device=key.device)[:, None], torch.arange(S, device=key.device)
@@ -1339,7 +1339,7 @@ class Shapes(torch.utils.data.Dataset):
         return (image.transpose(0, 1) * 255).round().clamp(0, 255).to(torch.uint8)
 
 def crop(image, side, share=1.0, u=None):
-    """A PIL image cropped to side x side: ADM's centre crop. With four numbers u in [0, 1): the paper's crop for
+    """A PIL image cropped to side x side: ADM's centre crop. With four numbers u in [0, 1): the authors' crop for
     training, of random scale (the shorter side becomes side .. side / share), place and mirroring."""
     short = side if u is None else side + int(u[0] * (math.ceil(side / share) - side + 1))
     while min(image.size) >= 2 * short:
@@ -1352,14 +1352,14 @@ def crop(image, side, share=1.0, u=None):
     return image.transpose(Image.FLIP_LEFT_RIGHT) if u is not None and u[3] < 0.5 else image
 
 def read_picture(path):
-    """The picture in a file, RGB, the first of an animation. Raises Refused."""
+    """The picture in a file, RGB; an animation's first frame. Raises Refused."""
     with blame(f"{path} can't be read as a picture"), Image.open(path) as image:
         if image.mode.startswith("I"):       # 16-bit grey: scaled, where convert() would cut off
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 class Images:
-    """A data set that lies on the device: labels (M,), class names, and pixels, uint8 (M, 3, side, side)."""
+    """A data set held on the device: labels (M,), class names, and pixels, uint8 (M, 3, side, side)."""
     def __init__(self, labels, classes, pixels):
         self.labels, self.classes, self.pixels = labels, classes, pixels
 
@@ -1367,8 +1367,8 @@ class Images:
         return len(self.labels)
 
     def fetch(self, batches):
-        """uint8 (B, 3, side, side) for each batch, a list of (row number, None or four numbers in [0, 1) to vary the
-        image by). Small as these are, they are only mirrored."""
+        """uint8 (B, 3, side, side) for each batch, a list of (row number, None or four numbers in [0, 1) to augment
+        the image by). Small as these are, they are only mirrored."""
         for batch in batches:
             table = torch.tensor([(row, u is not None and u[0] < 0.5) for row, u in batch])     # (B, 2)
             rows, mirrored = table.to(self.pixels.device, non_blocking=True).T[..., None, None, None]
@@ -1430,7 +1430,7 @@ class Folder(Images):
         return torch.from_numpy(np.array(crop(self.read(row), self.side, self.share, u))).permute(2, 0, 1)
 
     def fetch(self, batches):
-        """The same, read ahead by worker processes; varied by crop()."""
+        """The same, read ahead by worker processes; augmented by crop()."""
         return torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
                                            pin_memory=torch.cuda.is_available())
 
@@ -1535,9 +1535,9 @@ def learning_rate(step, steps, warmup, peak, first, last, start=0):
     return last + (peak - last) * (1 + math.cos(math.pi * (step - start) / max(steps - start, 1))) / 2
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps on matrices are made orthogonal: they move every direction equally far, so that small models
-    trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does so in
-    bfloat16, where two processes drift from one, matrix by matrix; this in float32, and those of a shape together."""
+    """Momentum SGD with orthogonalised updates of matrices: every direction moves equally far, so that small models
+    trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does it matrix by
+    matrix in bfloat16, where two processes drift from one; this in float32, all matrices of a shape at once."""
     found_inf = torch.zeros(())             # 1: change nothing; as in torch's fused optimisers
 
     @torch.no_grad()
@@ -1561,8 +1561,8 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - keep * group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
 
 class Optimizers:
-    """What trains a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers have
-    Muon, which does best at 2.5 times AdamW's rate. Vectors do not decay."""
+    """The optimisers of a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers
+    use Muon, which works best at 2.5 times AdamW's learning rate. Vectors have no weight decay."""
     def __init__(self, module, kind, lr, weight_decay=0.0):
         self.module, self.steps, self.bad_in_a_row = module, 0, 0
         groups = {"hidden": [], "matrices": [], "vectors": []}
@@ -1576,8 +1576,8 @@ class Optimizers:
             self.parts["muon"] = Muon([{"params": hidden, "lr_scale": 2.5}], {"lr": lr, "weight_decay": weight_decay})
 
     def step(self, lr):
-        """One step with the gradient clipped at norm 1 -> its norm before. A gradient that is not finite changes
-        nothing; ten of them in a row are refused. (A GPU, which would have to wait, is asked every ten steps.)"""
+        """One step with the gradient clipped at norm 1 -> its norm before that. A non-finite gradient changes nothing;
+        ten of them in a row are refused. (On a GPU that is checked every ten steps only, as it would have to wait.)"""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         bad = (~norm.isfinite()).float()
         self.steps, self.bad_in_a_row = self.steps + 1, (self.bad_in_a_row + 1) * bad
@@ -1595,7 +1595,7 @@ class Optimizers:
         return norm
 
 def backward(loss):
-    """Gradients; none is finite of a loss that is not, whatever its own gradient: so Optimizers.step() will see it."""
+    """Backpropagate. A loss that is not finite is made to give such gradients, so that Optimizers.step() sees it."""
     loss.backward(1 + 0 * loss.detach())
 
 def update_ema(ema, module, decay, step):
@@ -1607,7 +1607,7 @@ def update_ema(ema, module, decay, step):
             kept.copy_(new)
 
 def wrap(module, config, machine):
-    """Compile the transformer layers and distribute, as asked for."""
+    """Compile the transformer layers and wrap for DDP, as asked for."""
     if config.compile:
         torch._dynamo.config.recompile_limit = 64           # all networks' layers are variants of the same code
         torch._dynamo.config.optimize_ddp = False           # which would cut each layer into pieces
@@ -1839,7 +1839,7 @@ def save_plot(path, title, curves):
         picture.save(file, "png")
 
 def strip_lengths(config):
-    """Up to eight prefix lengths from 1 to N, each about twice the one before."""
+    """Up to eight prefix lengths from 1 to N, about evenly spaced on a log scale."""
     wanted = [config.num_tokens ** (i / 7) for i in range(8)]
     return sorted({min(prefix_lengths(config), key=lambda n: abs(n - w)) for w in wanted})
 
@@ -1925,7 +1925,7 @@ def loss_networks(config, machine, model):
     return perceptual, tower, judge
 
 def best_prefix(config):
-    """For each decoder size the token count whose R(n) is closest to it, the longer of two equals: {size: n}."""
+    """For each decoder size the token count whose R(n) is closest to it, the longer on a tie: {size: n}."""
     best = {}
     for n in prefix_lengths(config):
         size = decoder_size(config, n)
@@ -1936,7 +1936,7 @@ def best_prefix(config):
 def draw_prefix(config, key):
     """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
     these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
-    to one of the decoder's sizes, and encoded by the tokens that this size is worth."""
+    to one of the decoder's sizes, and encoded by as many tokens as that size is worth."""
     side, count = config.image_size, config.num_tokens
     coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
     if dynamic < config.dynamic_prob:
@@ -1955,7 +1955,7 @@ def train_tokenizer(config, machine):
     about = {"classes": train.classes, "images": len(train)}
     torch.manual_seed(config.seed)
     model = Tokenizer(config).to(device)
-    with machine.first():                                   # who downloads what is missing
+    with machine.first():                                   # rank 0 downloads what is missing
         perceptual, tower, judge = loss_networks(config, machine, model)
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
@@ -2009,7 +2009,7 @@ def train_tokenizer(config, machine):
         update_ema(ema, model, config.tok_ema, step)
         values["usage"], values["perplexity"] = model.quantizer.usage()
 
-        # The discriminator: tell targets from what was decoded.
+        # The discriminator: tell targets from decoded images.
         if adversarial:
             judge.zero_grad()                               # the tokenizer's step has left gradients in it
             for target, pixels, _ in results:
@@ -2031,8 +2031,8 @@ def train_tokenizer(config, machine):
 # == 16. Stage two: the AR transformer, on codes that are extracted once ===============================================
 
 def load_tokenizer(config, machine):
-    """OUT/tokenizer.pt, if it is the one that the settings describe; or the one that --tokenizer names, which then
-    makes the settings. Raises Refused."""
+    """OUT/tokenizer.pt, which must have the present settings; or the one that --tokenizer names, whose settings then
+    apply. Raises Refused."""
     path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
     tokenizer, _ = load_model(path, "tokenizer", machine.device)
     for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
@@ -2043,8 +2043,8 @@ def load_tokenizer(config, machine):
 
 def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
-    record an image: its label, and codes (views, 3, N): clean, shown, targets. Views: of folders ten crops of a 1.1
-    times larger image, as in the paper; of the built-in sets the image and its mirror image."""
+    record per image: its label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1
+    times larger image, as the authors do; for the built-in sets, the image and its mirror image."""
     views = 2 if config.data in BUILT_IN else 10
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
                          config.noise_topk, config.correction)
@@ -2069,8 +2069,8 @@ def extract_codes(config, machine, tokenizer, images):
 
 def ar_batch(config, machine, codes, step):
     """This process's share of a step: labels (b,), codes to show (b, N), codes to predict (b, N), keys (b,).
-    A random view of each image. With probability correction_share the sequence is one with a spoilt group: shown as it
-    was spoilt, to be predicted as it should be. So the transformer learns to go on well from its own errors."""
+    A random view of each image. With probability correction_share the sequence has a spoilt group: shown with it, the
+    transformer must predict the clean codes there and the repaired ones after. So it learns to recover from errors."""
     rows, keys = batch_rows(config, machine, "ar", step, config.ar_batch, len(codes))
     records, u = codes[rows.numpy()], uniform(fold(keys, 0), 2)
     view = (u[:, 0] * records["codes"].shape[1]).long().numpy()
