@@ -23,8 +23,9 @@ Run       python detailflow.py                   all stages, on synthetic shapes
 Letters   B batch, N tokens, n prefix length, G group size, c causal_num (first tokens drawn one by one), V codebook
           size, C code dimension, D width (E the decoder's), R image side, S side of what is decoded, p patch side,
           P patches, T positions in a pass, h heads
-Words     token: a position in the sequence; query: its learned input to the encoder; latent: the output there; code:
-          the index of the nearest codebook row; vector: that row; spoilt: swapped for near codes (paper: noisy)
+Words     token: a position in the sequence; query: its learned input to the encoder; latent: its output there; code:
+          index of the nearest codebook row; vector: that row; spoilt: swapped for near codes (paper: noisy); machine:
+          this process's device and share of the work; EMA: weights averaged over training (exponential moving average)
 
 Contents  1 randomness as a function    2 settings (for reference: begin at 3)
           the paper       3 resolution mapping R(n)    4 the mask    5 vision transformer    6 quantiser
@@ -181,7 +182,7 @@ class Config:
     log_every: int = setting("run", 100, "steps between two lines of the log", 1)
     save_every: int = setting("run", 500, "steps between two checkpoints, each with a picture", 1)
     optimizer: str = setting("training", "muon", "for the transformers' matrices", one_of=("muon", "adamw"))
-    accum: int = setting("training", 1, "gradient accumulation: parts of each process's batch", 1)
+    grad_accum: int = setting("training", 1, "gradient accumulation: parts of each process's batch", 1)
     data: str = setting("data", "shapes", "shapes (drawn), cifar10 (downloaded) or a folder of image class folders")
     image_size: int = setting("data", 32, "R, side of the square images in pixels", 1, 8192)
     num_classes: int = setting("data", 10, "classes; training takes it from the data", 1, 1000000)
@@ -513,7 +514,7 @@ class Correction(NamedTuple):   # the rows of the drawing in Tokenizer.correct
 
 class TokenizerOutput(NamedTuple):
     pixels: torch.Tensor    # (B or 2B, 3, S, S) the decoded prefix: clean sequences, then corrected ones
-    code_loss: torch.Tensor # scalar: codebook and commitment loss
+    vq_loss: torch.Tensor   # scalar: codebook and commitment loss
     codes: torch.Tensor     # (B, N) clean codes
     latents: torch.Tensor   # (B, N, C) what became clean codes, without gradient
     guess: torch.Tensor     # (B, teacher_width) SigLIP 2's feature as predicted by the first token; or None
@@ -632,16 +633,16 @@ class Tokenizer(nn.Module):
         """A training pass: the first `prefix` of N [count] tokens decoded; with `start`, also self-corrected."""
         patches = self.encode_patches(images)
         clean = self.quantize(patches, count)
-        vectors, code_loss = clean.vectors, clean.error.mean()
+        vectors, vq_loss = clean.vectors, clean.error.mean()
         if start is not None:
             fixed = self.correct(patches, clean, start, ranks)
             vectors = torch.cat([vectors, fixed.vectors])                                       # (2B, N, C)
             # The mean over all encoded tokens: N in the first pass, those after the noise in the second.
             tokens = clean.codes.shape[1] + fixed.redone.sum(1)
-            code_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
+            vq_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
         pixels = self.decode_vectors(vectors[:, :prefix], decoder_size(self.config, prefix))
         guess = self.align_head(clean.vectors[:, 0]) if self.config.align_weight else None
-        return TokenizerOutput(pixels, code_loss, clean.codes, clean.latents.detach(), guess)
+        return TokenizerOutput(pixels, vq_loss, clean.codes, clean.latents.detach(), guess)
 
     @torch.no_grad()
     def encode(self, images):
@@ -1193,7 +1194,7 @@ class LPIPS(nn.Module):
         return sum(F.conv2d(dropout((fa - fb).square(), 0.5, keys, i), weight).float().mean((1, 2, 3))
                    for i, (fa, fb, weight) in enumerate(stages))
 
-# -- The paper's judge: DINO's features of augmented images --
+# -- The paper's discriminator: DINO's features of augmented images --
 
 def diff_augment(images, key, weak):
     """DiffAugment (arXiv 2006.10738): images (B, 3, S, S), key (1,) -> the same shape, differentiable.
@@ -1245,7 +1246,7 @@ class Dino(nn.Module):
         return [(x[:, 1:] + x[:, :1]).transpose(1, 2) for x in features]
 
 class DinoDiscriminator(Discriminator):
-    """The paper's judge: a frozen DINO looks, and five small heads, all that is trained, judge each patch."""
+    """The paper's: a frozen DINO looks, and five small heads, all that is trained, score each patch."""
     consistency, augment = 4.0, staticmethod(diff_augment)
 
     def __init__(self, dino):
@@ -1908,21 +1909,21 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
 def loss_networks(config, machine, model):
     """LPIPS, SigLIP 2 and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
     path = functools.partial(published, folder=config.weights)
-    perceptual = tower = judge = None
+    perceptual = tower = disc = None
     if config.perceptual_weight:
         perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device)
     if config.align_weight:
         tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
     if config.disc_weight:
-        judge = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
+        disc = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
             wrap(Dino(path(DINO)).to(machine.device), config, machine))
         if machine.device.type == "cuda":
-            judge = nn.SyncBatchNorm.convert_sync_batchnorm(judge)
-        judge.to(machine.device)
+            disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
+        disc.to(machine.device)
     if config.enc_init == "siglip2":
         with blame(f"the encoder can't start from {SIGLIP}"):
             model.encoder.load_state_dict(siglip_tower(path(SIGLIP), config.enc_depth).state_dict())
-    return perceptual, tower, judge
+    return perceptual, tower, disc
 
 def best_prefix(config):
     """For each decoder size the token count whose R(n) is closest to it, the longer on a tie: {size: n}."""
@@ -1956,32 +1957,32 @@ def train_tokenizer(config, machine):
     torch.manual_seed(config.seed)
     model = Tokenizer(config).to(device)
     with machine.first():                                   # rank 0 downloads what is missing
-        perceptual, tower, judge = loss_networks(config, machine, model)
+        perceptual, tower, disc = loss_networks(config, machine, model)
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
-    judge_optimizers = judge and Optimizers(judge, "adamw", config.tok_lr)
-    parts = {"model": model, "ema": ema, "judge": judge, **optimizers.parts}
-    parts["judge_adamw"] = judge and judge_optimizers.parts["adamw"]
+    disc_optimizers = disc and Optimizers(disc, "adamw", config.tok_lr)
+    parts = {"model": model, "ema": ema, "disc": disc, **optimizers.parts}
+    parts["disc_adamw"] = disc and disc_optimizers.parts["adamw"]
     groups = ("data", "tokenizer", "tokenizer training", "training")
     start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
     machine.say(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} images, "
                 f"step {start} of {config.tok_steps}")
     if start >= config.tok_steps:
         return
-    distributed, distributed_judge = wrap(model, config, machine), judge and wrap(judge, config, machine)
+    distributed, distributed_disc = wrap(model, config, machine), disc and wrap(disc, config, machine)
     progress = Progress(config, machine, "tokenizer", start, config.tok_steps, config.tok_batch)
 
     for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
-        adversarial = judge is not None and step + 1 >= config.disc_start
+        adversarial = disc is not None and step + 1 >= config.disc_start
         side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
-        judge_key = fold(fold(root_key(config.seed, "judge"), step), machine.rank).to(device, non_blocking=True)
+        disc_key = fold(fold(root_key(config.seed, "disc"), step), machine.rank).to(device, non_blocking=True)
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
-        for x, x_keys in zip(images.chunk(config.accum), keys.chunk(config.accum), strict=True):
+        for x, x_keys in zip(images.chunk(config.grad_accum), keys.chunk(config.grad_accum), strict=True):
             x = resize(x, side)
             noise_start, ranks = draw_noise(config, x_keys, prefix)
             target = x if prefix == count else degrade(x, config, prefix)                   # (b, 3, S, S)
@@ -1989,7 +1990,7 @@ def train_tokenizer(config, machine):
                 made = distributed(x, prefix, noise_start, ranks, count)
                 copies = len(made.pixels) // len(x)                                         # 2 if self-corrected
                 target = target.repeat(copies, 1, 1, 1)
-                losses = {"pixel_loss": F.mse_loss(made.pixels, target), "code_loss": made.code_loss}
+                losses = {"pixel_loss": F.mse_loss(made.pixels, target), "vq_loss": made.vq_loss}
                 if perceptual:
                     ramp = config.perceptual_weight * min(1, (step + 1) / perceptual.RAMP)
                     dropout_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])
@@ -1997,10 +1998,10 @@ def train_tokenizer(config, machine):
                 if tower:
                     losses["align_loss"] = config.align_weight * alignment_loss(made.guess, tower, x)
                 if adversarial:
-                    losses["fool_loss"] = -config.disc_weight * judge.scores(made.pixels, judge_key).mean()
-            backward(sum(losses.values()) / config.accum)
+                    losses["adv_loss"] = -config.disc_weight * disc.scores(made.pixels, disc_key).mean()
+            backward(sum(losses.values()) / config.grad_accum)
             model.quantizer.track(made.codes, machine)
-            values = {k: values.get(k, 0) + v.detach() / config.accum for k, v in losses.items()}
+            values = {k: values.get(k, 0) + v.detach() / config.grad_accum for k, v in losses.items()}
             results.append((target, made.pixels.detach(), made.latents))
         values["grad_norm"] = optimizers.step(lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
@@ -2011,14 +2012,14 @@ def train_tokenizer(config, machine):
 
         # The discriminator: tell targets from decoded images.
         if adversarial:
-            judge.zero_grad()                               # the tokenizer's step has left gradients in it
+            disc.zero_grad()                                # the tokenizer's step has left gradients in it
             for target, pixels, _ in results:
                 with machine.autocast():
-                    scores = distributed_judge(target, pixels, fold(judge_key, 1))
-                judge_loss = judge.loss(scores, config.disc_weight, machine) / config.accum
-                backward(judge_loss)
-                values["judge_loss"] = values.get("judge_loss", 0) + judge_loss.detach()
-            values["judge_grad_norm"] = judge_optimizers.step(lr)
+                    scores = distributed_disc(target, pixels, fold(disc_key, 1))
+                disc_loss = disc.loss(scores, config.disc_weight, machine) / config.grad_accum
+                backward(disc_loss)
+                values["disc_loss"] = values.get("disc_loss", 0) + disc_loss.detach()
+            values["disc_grad_norm"] = disc_optimizers.step(lr)
 
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
@@ -2081,7 +2082,7 @@ def ar_batch(config, machine, codes, step):
     return [t.to(machine.device, non_blocking=True) for t in (labels, shown, target, keys)]
 
 @torch.no_grad()
-def held_out_loss(config, machine, tokenizer, model, images, most):
+def val_loss(config, machine, tokenizer, model, images, most):
     """Mean cross-entropy in nats of each position, on up to `most` images spread over the set: (N,)."""
     total, rows = 0, range(0, len(images), math.ceil(len(images) / most))
     for part, pixels in images.in_order(rows, config.eval_batch):
@@ -2118,10 +2119,10 @@ def train_ar(config, machine):
         lr = learning_rate(step, config.ar_steps, config.ar_warmup, config.ar_lr, first, last, config.ar_warmup)
         batch, mean_loss = ar_batch(config, machine, codes, step), 0
         # L = - mean over i of log p(target_i | class, what is shown of earlier groups; for i < c: of earlier codes)
-        for labels, shown, target, keys in zip(*(t.chunk(config.accum) for t in batch), strict=True):
+        for labels, shown, target, keys in zip(*(t.chunk(config.grad_accum) for t in batch), strict=True):
             with machine.autocast():
                 logits = distributed(labels, shown, keys)                                   # (b, N, V)
-            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.accum
+            loss = F.cross_entropy(logits.flatten(0, 1), target.flatten()) / config.grad_accum
             backward(loss)
             mean_loss = mean_loss + loss
         norm = optimizers.step(lr)
@@ -2130,8 +2131,8 @@ def train_ar(config, machine):
         done = step + 1
         if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
             if machine.rank == 0:
-                value = held_out_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
-                progress.write(done, {"held_out_loss": value}, f"held-out loss {value:.4f}")
+                value = val_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
+                progress.write(done, {"val_loss": value}, f"held-out loss {value:.4f}")
                 save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
                 save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
             progress.saved(done)
@@ -2305,7 +2306,7 @@ def draw_curves(config, found, loss):
         "each": list(enumerate(loss)),
         "mean of its group": [(i, np.mean(loss[i // G * G:][:G])) for i in range(len(loss))]})
     records = read_log(out / "log.jsonl")
-    for stage, names in (("tokenizer", ("pixel_loss", "code_loss")), ("ar", ("loss", "held_out_loss"))):
+    for stage, names in (("tokenizer", ("pixel_loss", "vq_loss")), ("ar", ("loss", "val_loss"))):
         curves = {name: [(r["step"], r[name]) for r in records if r["stage"] == stage and name in r] for name in names}
         if all(curves.values()):
             save_plot(out / f"{stage}_losses.png", f"{stage}: loss by step", curves)
@@ -2317,7 +2318,7 @@ def evaluate(config, machine):
     config.num_classes, G = model.config.num_classes, config.group_size
     val = open_data(config, machine, "val", classes=classes)
     found = measure_tokenizer(config, machine, tokenizer, val)
-    loss = held_out_loss(config, machine, tokenizer, model, val, 2000).tolist()
+    loss = val_loss(config, machine, tokenizer, model, val, 2000).tolist()
     groups = {f"loss_codes_{i}_to_{i + G - 1}": sum(loss[i:i + G]) / G for i in range(0, len(loss), G)}
     results = {"command": sys.argv, "torch": torch.__version__, "device": str(machine.device),
                "config": asdict(config), "tokenizer": found,
@@ -2403,7 +2404,7 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() if self.gpu else unit * resource.getrusage(0).ru_maxrss
         flops = counted.get_total_flops()
         self.say(what=what, batch=batch, seconds=median, first_seconds=first, images_per_s=batch / median,
-                 gflop=flops / 1e9, share_of_floor=max(moved / self.bandwidth, flops / self.rate) / median,
+                 gflop=flops / 1e9, roofline_share=max(moved / self.bandwidth, flops / self.rate) / median,
                  peak_GB=peak / 1e9, **more)
         return True
 
@@ -2456,7 +2457,7 @@ def benchmark(config, machine):
 
     def tokenizer_loss(*noise):
         out = run_tokenizer(images, N, *noise)
-        return out.pixels.square().mean() + out.code_loss
+        return out.pixels.square().mean() + out.vq_loss
 
     def ar_loss():
         return F.cross_entropy(run_model(codes[:, 0] % config.num_classes, codes, ar_keys).transpose(1, 2), codes)
@@ -2499,8 +2500,8 @@ def run_stages(config, stage):
         path = getattr(config, name)
         require(path in ("", "none", "auto") or Path(path).is_file(), f"--{name} must be a file", path)
     for batch in ("tok_batch", "ar_batch"):
-        parts, size = machine.world * config.accum, getattr(config, batch)
-        require(size % parts == 0, f"{batch} must be a multiple of processes x accum = {parts}", size)
+        parts, size = machine.world * config.grad_accum, getattr(config, batch)
+        require(size % parts == 0, f"{batch} must be a multiple of processes x grad_accum = {parts}", size)
     if config.data in BUILT_IN:
         config.num_classes = BUILT_IN[config.data]
     elif stage != "bench":

@@ -749,7 +749,7 @@ def test_training_losses_and_gradients_equal_the_authors(theirs, case, tmp_path)
         noise = torch.full((2,), start), F.pad(step["topk_rank"], (0, 4))[:, start : start + 4]
     out = model(v["x"], step["t"], *noise)
     target = df.degrade(v["x"], model.config, step["t"])
-    total = F.mse_loss(out.pixels, target.repeat(len(out.pixels) // 2, 1, 1, 1)) + out.code_loss
+    total = F.mse_loss(out.pixels, target.repeat(len(out.pixels) // 2, 1, 1, 1)) + out.vq_loss
     total.backward()
     assert total.item() == pytest.approx(step["total"], abs=2e-5)
     same_norms(model, df.TOKENIZER_NAMES, step["grad_norms"])
@@ -907,7 +907,7 @@ def test_first_token_alignment_equals_the_authors(theirs, tmp_path):
     out = model.requires_grad_(True)(v["x"], 16)
     loss = df.alignment_loss(out.guess, tower, v["x"])
     assert loss.item() == pytest.approx(a["train"]["align_loss"], abs=2e-5)
-    total = F.mse_loss(out.pixels, v["x"]) + out.code_loss + loss
+    total = F.mse_loss(out.pixels, v["x"]) + out.vq_loss + loss
     total.backward()
     assert total.item() == pytest.approx(a["train"]["total"], abs=2e-5)
     same_norms(model, df.TOKENIZER_NAMES, a["train"]["grad_norms"])
@@ -1476,16 +1476,16 @@ def test_diff_augment_passes_gradients_where_it_shows_the_image():
     assert 0 < (images.grad != 0).float().mean() <= 1 and torch.isfinite(images.grad).all()
 
 
-# == 11. The DINO judge ==
+# == 11. The DINO discriminator ==
 
 
 @pytest.fixture(scope="module")
-def judge(nets):
+def disc(nets):
     torch.manual_seed(0)
     return df.DinoDiscriminator(df.Dino(nets / df.DINO))
 
 
-def test_dino_equals_torchs_own_transformer_layers(nets, judge):
+def test_dino_equals_torchs_own_transformer_layers(nets, disc):
     """Layers, patches, the class token or the places where features are read off."""
     w = torch.load(nets / df.DINO, weights_only=True)
     torch.manual_seed(0)
@@ -1524,8 +1524,8 @@ def test_dino_equals_torchs_own_transformer_layers(nets, judge):
             if i in (2, 5, 8, 11):
                 expected.append(x)
         seen = []
-        hooks = [head[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) for head in judge.heads]
-        scores = judge.eval().score(images, torch.tensor([1]))
+        hooks = [head[0].register_forward_pre_hook(lambda module, args: seen.append(args[0])) for head in disc.heads]
+        scores = disc.eval().score(images, torch.tensor([1]))
         for hook in hooks:
             hook.remove()
     assert scores.shape == (1, 5 * 196) and torch.isfinite(scores).all()
@@ -1534,13 +1534,13 @@ def test_dino_equals_torchs_own_transformer_layers(nets, judge):
         assert (ours - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
-def test_only_the_heads_are_trained_and_saved(judge):
+def test_only_the_heads_are_trained_and_saved(disc):
     """21 million frozen weights in every checkpoint and optimiser."""
-    names = set(judge.state_dict())
+    names = set(disc.state_dict())
     assert names and all(n.startswith("heads.") or n == "anchors" for n in names)
-    assert all(n.startswith("heads.") for n, _ in judge.named_parameters())
-    assert sum(p.numel() for p in judge.parameters()) == 5 * (384 * 385 + 384 * (9 * 384 + 1) + 385 + 4 * 384)
-    frozen = list(judge.dino[0].parameters())
+    assert all(n.startswith("heads.") for n, _ in disc.named_parameters())
+    assert sum(p.numel() for p in disc.parameters()) == 5 * (384 * 385 + 384 * (9 * 384 + 1) + 385 + 4 * 384)
+    frozen = list(disc.dino[0].parameters())
     assert sum(p.numel() for p in frozen) == 21_664_896  # ViT-S/16 less its last norm
     assert not any(p.requires_grad for p in frozen)
 
@@ -1564,28 +1564,28 @@ def slow_head(head, x):
     return conv((h + block(h, head[1], 4)) / math.sqrt(2), head[2], 0)[:, 0]
 
 
-def test_a_head_equals_the_slow_way(judge):
+def test_a_head_equals_the_slow_way(disc):
     """Zero instead of circular padding, another eps, slope or residual scale."""
     torch.manual_seed(0)
-    head, x = judge.heads[1], 3e-3 * torch.randn(2, 384, 196)  # small: eps 1e-5 instead of 1e-6 would show
-    judge.train()
+    head, x = disc.heads[1], 3e-3 * torch.randn(2, 384, 196)  # small: eps 1e-5 instead of 1e-6 would show
+    disc.train()
     with torch.no_grad():
         h = head[0](x)
         ours = head[2]((h + head[1](h)) * 0.5**0.5)[:, 0]
         torch.testing.assert_close(ours, slow_head(head, x), rtol=1e-4, atol=1e-5)
         seen = []
         hook = head[2].register_forward_hook(lambda module, args, out: seen.append(out[:, 0]))
-        judge.dino[0].forward, forward = (lambda images: [x] * 5), judge.dino[0].forward
-        judge.score(torch.zeros(2, 3, 224, 224), torch.tensor([0]))
+        disc.dino[0].forward, forward = (lambda images: [x] * 5), disc.dino[0].forward
+        disc.score(torch.zeros(2, 3, 224, 224), torch.tensor([0]))
         hook.remove()
-        judge.dino[0].forward = forward
+        disc.dino[0].forward = forward
         torch.testing.assert_close(seen[0], slow_head(head, x), rtol=1e-3, atol=1e-4)
 
 
-def test_the_judge_crops_large_images_half_of_the_time_and_resizes_the_rest(judge):
+def test_the_discriminator_crops_large_images_half_of_the_time_and_resizes_the_rest(disc):
     """Crops of small images, of one place only, or never; the area average where bicubic is due and vice versa."""
-    shown, forward = [], judge.dino[0].forward
-    judge.dino[0].forward = lambda images: (
+    shown, forward = [], disc.dino[0].forward
+    disc.dino[0].forward = lambda images: (
         shown.append(images),
         [images[:, :, 0, :196].repeat(1, 128, 1)] * 5,
     )[1]
@@ -1597,7 +1597,7 @@ def test_the_judge_crops_large_images_half_of_the_time_and_resizes_the_rest(judg
     resized = F.interpolate(x, (224, 224), mode="area")
     with torch.no_grad():
         for seed in range(30):
-            judge.score(large, torch.tensor([seed]))
+            disc.score(large, torch.tensor([seed]))
             got = shown.pop()
             if not torch.allclose(got, resized, atol=1e-5):
                 place = ((windows[:, :, 0, :8] - got[0, 0, 0, :8]).abs().amax(-1) < 1e-5).nonzero()
@@ -1607,24 +1607,24 @@ def test_the_judge_crops_large_images_half_of_the_time_and_resizes_the_rest(judg
                 crops.add((top, left))
         assert 8 <= len(crops) <= 22 and min(crops)[0] < 8 and max(crops)[0] > 24
         small = F.interpolate(large, (64, 64), mode="area")
-        judge.score(small, torch.tensor([0]))
-    judge.dino[0].forward = forward
+        disc.score(small, torch.tensor([0]))
+    disc.dino[0].forward = forward
     expected = F.interpolate(((small + 1) / 2 - mean) / std, (224, 224), mode="bicubic")
     torch.testing.assert_close(shown.pop(), expected, rtol=0, atol=1e-5)
 
 
-def test_the_judge_teaches_the_decoder_and_learns(judge):
+def test_the_discriminator_teaches_the_decoder_and_learns(disc):
     """Frozen weights that cut the gradient to the pixels; LeCam's anchors not updated; no demand of consistency."""
     torch.manual_seed(0)
-    judge.train()
+    disc.train()
     real, fake = torch.rand(1, 3, 16, 16) * 2 - 1, (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
-    scores = judge(real, fake, torch.tensor([1]))
+    scores = disc(real, fake, torch.tensor([1]))
     assert len(scores) == 4
-    loss = judge.loss(scores, 0.2, CPU)
+    loss = disc.loss(scores, 0.2, CPU)
     loss.backward()
     assert 0 < fake.grad.norm() < math.inf
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in judge.parameters())
-    anchors = judge.state_dict()["anchors"]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in disc.parameters())
+    anchors = disc.state_dict()["anchors"]
     assert anchors[1].item() == pytest.approx(0.001 * scores[1].mean().item(), rel=1e-4)
     hinge = (F.relu(1 - scores[0]).mean() + F.relu(1 + scores[1]).mean()) / 2
     lecam = F.relu(scores[0] - anchors[1]).square().mean() + F.relu(anchors[0] - scores[1]).square().mean()
@@ -1633,9 +1633,9 @@ def test_the_judge_teaches_the_decoder_and_learns(judge):
 
 
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 256])
-def test_the_judge_sees_images_of_any_size(judge, size):
+def test_the_discriminator_sees_images_of_any_size(disc, size):
     images = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
-    scores = judge.scores(images, torch.tensor([3]))
+    scores = disc.scores(images, torch.tensor([3]))
     scores.sum().backward()
     assert scores.shape == (2, 980) and scores.isfinite().all()
     assert images.grad.isfinite().all() and images.grad.any()
@@ -1660,18 +1660,18 @@ def test_all_networks_of_the_losses_go_to_the_device(nets):
     """A frozen network that is no part of its module, left behind on the CPU."""
     config = df.Config(**TINY | {"weights": str(nets), "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2})
     machine = df.Machine(torch.device("meta"))
-    perceptual, tower, judge = df.loss_networks(config, machine, df.Tokenizer(config).to("meta"))
+    perceptual, tower, disc = df.loss_networks(config, machine, df.Tokenizer(config).to("meta"))
     assert tower is None
-    for module in (perceptual, judge, judge.dino[0]):
+    for module in (perceptual, disc, disc.dino[0]):
         assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
 
 
-def test_losses_never_wait_for_the_gpu(judge, lpips):
+def test_losses_never_wait_for_the_gpu(disc, lpips):
     """A number fetched from the device in a training step: on the meta device there is none to fetch."""
     key, images = torch.zeros(1, dtype=torch.long, device="meta"), torch.empty(2, 3, 256, 256, device="meta")
     for weak in (True, False):
         assert df.diff_augment(images, key, weak).shape == images.shape
-    on_meta = df.DinoDiscriminator(copy.deepcopy(judge.dino[0]).to("meta")).to("meta")
+    on_meta = df.DinoDiscriminator(copy.deepcopy(disc.dino[0]).to("meta")).to("meta")
     assert on_meta.score(images, key).shape == (2, 980)
     small = images[:, :, :16, :16]
     assert copy.deepcopy(lpips).to("meta")(small, small, key.expand(2)).shape == (2,)
@@ -1787,7 +1787,7 @@ def test_a_run_leaves_checkpoints_pictures_a_log_and_results(trained):
     assert wanted <= set(os.listdir(trained))
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if "pixel_loss" in r] == [2, 4, 6] and log[0]["config"]["num_tokens"] == 12
-    assert [r["step"] for r in log if "held_out_loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in log if "val_loss" in r] == [2, 4, 6]
     results = json.loads((trained / "results.json").read_text())
     assert results["ar"]["ln_V"] == pytest.approx(math.log(40), abs=1e-4) and "fid" not in results
     with Image.open(trained / "samples.png") as picture:
@@ -1826,7 +1826,7 @@ def test_the_repairs_are_the_codes_that_correct_makes(tokenizer, config):
 
 def weights(path):
     state = torch.load(path, weights_only=True)
-    return {f"{part}.{k}": v for part in ("model", "ema", "judge") if part in state for k, v in state[part].items()}
+    return {f"{part}.{k}": v for part in ("model", "ema", "disc") if part in state for k, v in state[part].items()}
 
 
 def test_a_resumed_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch):
@@ -1898,7 +1898,7 @@ def test_broken_checkpoints_are_named(trained, tmp_path):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     for accum in (1, 2):
-        run(tmp_path / str(accum), "--stage", "tokenizer", accum=accum, tok_steps=2, coarse_prob=0.0)
+        run(tmp_path / str(accum), "--stage", "tokenizer", grad_accum=accum, tok_steps=2, coarse_prob=0.0)
     one, two = (weights(tmp_path / str(accum) / "tokenizer.pt") for accum in (1, 2))
     torch.testing.assert_close(one["model.to_pixels.weight"], two["model.to_pixels.weight"], rtol=1e-3, atol=1e-5)
 
@@ -1910,7 +1910,7 @@ def test_tokenizer_learns_eight_images_by_heart(config):
     optimizers = df.Optimizers(model, "muon", 3e-3)
     for step in range(150):
         out = model(x, 12, *df.draw_noise(config, df.fold(df.root_key(0, "test"), torch.arange(8) + 8 * step), 12))
-        loss = F.mse_loss(out.pixels, x.repeat(2, 1, 1, 1)) + out.code_loss
+        loss = F.mse_loss(out.pixels, x.repeat(2, 1, 1, 1)) + out.vq_loss
         loss.backward()
         optimizers.step(3e-3)
     assert df.psnr(model.decode(model.encode(x)), x).mean() > 17
@@ -2231,7 +2231,7 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
     gpu, R, N = df.Machine(torch.device("cuda", 0), dtype), config.image_size, config.num_tokens
     with fake.FakeTensorMode(), OneDtype():
         with torch.device("cuda"):
-            tokenizer, model, judge = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
+            tokenizer, model, disc = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
             x, labels, codes = torch.zeros(4, 3, R, R), torch.zeros(4).long(), torch.zeros(4, N).long()
             pixels, average = torch.zeros(4, 3, R, R).byte(), df.Tokenizer(config)
         with pytest.raises(RuntimeError, match=r"two (different )?devices"):
@@ -2242,11 +2242,11 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
         with gpu.autocast():
             assert tokenizer.to_latent(tokenizer.queries).dtype == dtype  # autocast is at work
             out = tokenizer(x, N, *df.draw_noise(config, keys, N))
-            scores = judge(df.degrade(x, config, 6), out.pixels[:4], key)
+            scores = disc(df.degrade(x, config, 6), out.pixels[:4], key)
             logits = model(labels, codes, keys)
         tokenizer.quantizer.track(out.codes, gpu)
         tokenizer.quantizer.revive(out.latents, key, gpu)
-        made = [out.pixels, out.code_loss, *tokenizer.quantizer.usage(), judge.loss(scores, 0.2, gpu), logits]
+        made = [out.pixels, out.vq_loss, *tokenizer.quantizer.usage(), disc.loss(scores, 0.2, gpu), logits]
         assert {tensor.dtype for tensor in made} == {torch.float32}  # losses are taken in float32
         made.append(df.diff_augment(x, key, True))
         for module in (tokenizer, model):
@@ -2336,7 +2336,7 @@ class ShapeComments:
         return local
 
 
-def test_every_shape_in_a_comment_is_true(lpips, judge, folder, tmp_path):
+def test_every_shape_in_a_comment_is_true(lpips, disc, folder, tmp_path):
     """With odd sizes that can't be mistaken for each other: N = 12, G = 3, image 40, patch 8."""
     source = Path(df.__file__).read_text()
     config = df.Config(**TINY | {"image_size": 40, "patch_size": 8, "causal_num": 6, "align_weight": 1.0})
@@ -2349,7 +2349,7 @@ def test_every_shape_in_a_comment_is_true(lpips, judge, folder, tmp_path):
         x = images(7, 40)
         df.alignment_loss(torch.ones(7, 24), tower, x)
         lpips(x, x.flip(0))
-        judge(x, x, keys[:1])
+        disc(x, x, keys[:1])
         run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2)
         next(df.open_data(config, CPU, "train").in_order(range(7), 7))
         out = tokenizer(x, 6, *df.draw_noise(config, keys, 12))
@@ -2984,7 +2984,7 @@ def test_under_bfloat16_quantisation_normalisation_and_losses_stay_float32(folde
     monkeypatch.setattr(torch.nn.Linear, "forward", watch("Linear", torch.nn.Linear.forward))
     monkeypatch.setattr(F, "mse_loss", watch("mse", F.mse_loss))
     monkeypatch.setattr(F, "cross_entropy", watch("cross entropy", F.cross_entropy))
-    monkeypatch.setattr(df.Discriminator, "scores", watch("judge", df.Discriminator.scores))
+    monkeypatch.setattr(df.Discriminator, "scores", watch("disc", df.Discriminator.scores))
     monkeypatch.setattr(df, "backward", lambda loss, f=df.backward: watch("loss", lambda x: x)(loss) is f(loss))
     assert df.main(command(tmp_path, folder, dtype="bfloat16")) == 0
     assert torch.bfloat16 in seen.pop("Linear")  # the autocast is at work
@@ -3176,8 +3176,8 @@ WRONG = """
 --log-every 0 | log_every
 --save-every 0 | save_every
 --optimizer sgd | muon, adamw
---accum 0 | accum
---accum 3 | multiple of processes x accum = 3, got 8
+--grad-accum 0 | grad_accum
+--grad-accum 3 | multiple of processes x grad_accum = 3, got 8
 --data nowhere | --data must be shapes, cifar10 or a folder
 --data cifar10 | image_size must be 32
 --image-size 0 | image_size
@@ -3307,7 +3307,7 @@ def wrong_settings():
         ("seed", lambda: df.Config(seed=None)),
         ("compile", lambda: df.Config(compile=1)),
         ("data", lambda: df.Config(data=Path("x"))),
-        ("accum", lambda: df.Config(accum=np.int64(1))),
+        ("grad_accum", lambda: df.Config(grad_accum=np.int64(1))),
         ("tok_lr", lambda: df.Config(tok_lr=math.nan)),
         ("workers", lambda: df.Config(workers=True)),
     ]
