@@ -108,13 +108,16 @@ def check(x, name, shape, most=None):
     integers = x.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
     require(sizes and x.numel() and (x.is_floating_point() if most is None else integers), f"{name} must be "
             f"{'floats' if most is None else 'integers'} ({', '.join(map(str, shape))})", f"{x.dtype} {tuple(x.shape)}")
-    require(most is None or 0 <= x.min() <= x.max() <= most, f"{name} must lie in 0..{most}", x.flatten()[:9].tolist())
-    require(most is not None or x.isfinite().all(), f"{name} must be finite", "nan or inf")
+    if most is None:
+        require(x.isfinite().all(), f"{name} must be finite", "nan or inf")
+    else:
+        low, high = x.min().item(), x.max().item()      # (numbers: `most` may be too large for the tensor's dtype)
+        require(0 <= low and high <= most, f"{name} must lie in 0..{most}", x.flatten()[:9].tolist())
 
 @contextlib.contextmanager
 def blame(what, remedy=""):
-    """Blame any error inside on a file that the user gave: torn, foreign or hostile, it can raise just about anything.
-    Raises Refused, one line."""
+    """Blame any error inside on what the user gave, such as a torn, foreign or hostile file: it can raise just about
+    anything. Raises Refused, one line."""
     try:
         yield
     except Exception as error:
@@ -680,13 +683,11 @@ class Discriminator(nn.Module):
     """Real or decoded? What both discriminators share; each adds its own score(images, key) and augment()."""
     LECAM, DECAY = 0.001, 0.999
     consistency = 0.0           # weight of the loss on score changes under strong augmentation
+    augment = staticmethod(lambda images, key, weak: images)
 
     def __init__(self):
         super().__init__()
         self.register_buffer("anchors", torch.zeros(2))     # running means of real and fake scores
-
-    def augment(self, images, key, weak):
-        return images
 
     def scores(self, images, key, weak=True):
         """Scores in float32 of images (B, 3, S, S), augmented by a key (1,)."""
@@ -844,6 +845,7 @@ class ARTransformer(nn.Module):
         if keys is None:                        # in training this would make a GPU wait
             check(codes, "codes", ("B", N), self.config.codebook_size - 1)
             check(labels, "labels", (len(codes),), K)
+            labels, codes = labels.long(), codes.long()
         else:
             hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
             labels = torch.where(hidden, K, labels)
@@ -854,8 +856,7 @@ class ARTransformer(nn.Module):
 
 def decoding_spans(config, num_tokens):
     """The positions of each pass, [(0, 1), ..., (c - 1, c), (c, c + G), (c + G, c + 2G), ...], up to num_tokens."""
-    c, G = config.causal_num, config.group_size
-    return [(i, i + 1) for i in range(min(c, num_tokens))] + [(i, i + G) for i in range(c, num_tokens, G)]
+    return list(itertools.pairwise([0, *(n for n in prefix_lengths(config) if n <= num_tokens)]))
 
 def guidance_scale(config, start, guidance, schedule):
     """Scale of classifier-free guidance in the pass that begins at position `start`: 0 gives the logits without the
@@ -899,13 +900,11 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     check(labels, "labels", ("B",), config.num_classes)
     num_tokens, allowed = config.num_tokens if num_tokens is None else num_tokens, prefix_lengths(config)
     require(type(num_tokens) is int and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
-    try:
+    with blame("seeds must be integers, one a label"):
         seeds = torch.randint(2**62, (len(labels),)) if seeds is None else torch.as_tensor(seeds)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:           # no numbers, or too large
-        raise Refused(f"seeds must be integers, one a label: {error}") from error
     check(seeds, "seeds", (len(labels),), 2**63 - 1)
     u = uniform(fold(seeds.to(device, torch.int64), 0), config.num_tokens)                      # (B, N)
-    labels, guided = labels.to(device), guidance != 1 or schedule == "linear"
+    labels, guided = labels.to(device, torch.int64), guidance != 1 or schedule == "linear"
     if guided:                                              # both halves in one batch: with the class, without it
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])               # (2B,)
     codes = labels.new_zeros(len(labels), num_tokens, dtype=torch.int64)
@@ -923,18 +922,19 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
         codes[:, start:end] = drawn.repeat(len(codes) // len(drawn), 1)
     return codes[:len(u)]
 
+PACKED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)      # None where torch was built without oneDNN
+
 def pack_linear(*modules):
     """For speed alone, on a CPU: repack the present weights of linear layers in oneDNN's blocked order. With the few
     rows of a pass, most of the time goes into reading weights, and that becomes much faster."""
-    op = torch.ops.mkldnn
-    if torch.backends.mkldnn.is_available() and hasattr(op, "_linear_pointwise"):
+    if torch.backends.mkldnn.is_available() and PACKED_LINEAR:
         for layer in (m for module in modules for m in module.modules() if type(m) is nn.Linear):
-            packed = op._reorder_linear_weight(layer.weight.detach())
-            layer.forward = functools.partial(op._linear_pointwise, W=packed, B=layer.bias, attr="none", scalars=[],
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            layer.forward = functools.partial(PACKED_LINEAR, W=packed, B=layer.bias, attr="none", scalars=[],
                                               algorithm="")
 
 def prepare_sampling(tokenizer, model, machine, compiled):
-    """For speed alone, once training is over: cast weights to the compute dtype; on a CPU, pack them; on a GPU, if
+    """For speed alone, once training is over: cast the model to the compute dtype; on a CPU, pack weights; on a GPU, if
     `compiled`, make CUDA graphs of a pass of generate() and of the decoder, hundreds of small kernels that would take
     longer to launch than to run."""
     for p in model.parameters():                        # (the table of angles stays float32)
@@ -1028,9 +1028,6 @@ def fill(module, path, tensors, names, ignore="$"):
 
 class Inert:
     """Stands for the classes and functions that a foreign file names: accepts whatever unpickling does."""
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
     __init__ = __call__ = __setstate__ = __setitem__ = append = extend = add = lambda *args, **kwargs: None
 
 KNOWN = {("collections", "OrderedDict"): OrderedDict, ("__builtin__", "set"): set, ("builtins", "set"): set,
@@ -1893,8 +1890,8 @@ def samples(config, machine, tokenizer, model):
     return torch.cat(codes), to_float(torch.cat(pixels)).unflatten(0, (-1, 8))
 
 def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None):
-    """A memory-mapped file of one image a label, drawn by all processes: records of `image` (uint8, S x S x 3) and
-    `label`."""
+    """A memory-mapped file of one image a label, drawn by all processes with prepare_sampling(): records of `image`
+    (uint8, S x S x 3) and `label`."""
     side = decoder_size(tokenizer.config, num_tokens or config.num_tokens)
     prepare_sampling(tokenizer, model, machine, config.compile)
 
@@ -1927,12 +1924,8 @@ def loss_networks(config, machine, model):
 
 def best_prefix(config):
     """For each decoder size the token count whose R(n) is closest to it, the longer on a tie: {size: n}."""
-    best = {}
-    for n in prefix_lengths(config):
-        size = decoder_size(config, n)
-        if size not in best or abs(resolution(config, n) - size) <= abs(resolution(config, best[size]) - size):
-            best[size] = n
-    return best
+    gaps = {n: decoder_size(config, n) - resolution(config, n) for n in prefix_lengths(config)}
+    return {decoder_size(config, n): n for n in sorted(gaps, key=gaps.get, reverse=True)}   # of each, the last stays
 
 def draw_prefix(config, key):
     """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
@@ -1942,7 +1935,7 @@ def draw_prefix(config, key):
     coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
     if dynamic < config.dynamic_prob:
         least, wanted = config.causal_num + config.group_size, config.min_size + small * (side - config.min_size)
-        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= least}
+        sizes = {size: n for size, n in sorted(best_prefix(config).items()) if size >= config.min_size and n >= least}
         side = min(sizes, key=lambda size: abs(size - wanted))
         count = sizes[side]
     n = 1 + int(where * (count - config.group_size)) if coarse < config.coarse_prob else count      # 1..count-G, or all
@@ -2048,7 +2041,7 @@ def extract_codes(config, machine, tokenizer, images):
     times larger image, as the authors do; for the built-in sets, the image and its mirror image."""
     views = 2 if config.data in BUILT_IN else 10
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
-                         config.noise_topk, config.correction)
+                         tokenizer.config.noise_topk, tokenizer.config.correction)
     path = Path(config.out) / f"codes-{made_of}.npy"
 
     def work(todo):
@@ -2142,13 +2135,12 @@ def train_ar(config, machine):
 def tf_resize(images, size=299):
     """TensorFlow 1's bilinear resize, which published FIDs are made with: (B, 3, H, W) float -> (B, 3, size, size).
     Output i lies at i * in / out, without the half pixel that others add, and is clamped at the edge."""
-    def weights(length):                                                                    # (size, length)
+    for _ in "rows", "columns":
+        length = images.shape[2]
         place = torch.arange(size, device=images.device, dtype=torch.float64) * length / size
-        low = place.long()
-        share = (place - low)[:, None].to(images.dtype)
-        matrix = images.new_zeros(size, length).scatter_(1, low[:, None], 1 - share)
-        return matrix.scatter_add_(1, (low + 1).clamp(max=length - 1)[:, None], share)
-    return weights(images.shape[2]) @ images @ weights(images.shape[3]).T
+        low, share = place.long(), place.frac()[:, None].to(images.dtype)
+        images = images[:, :, low].lerp(images[:, :, (low + 1).clamp(max=length - 1)], share).mT
+    return images
 
 class InceptionV3(nn.Module):
     """The network of FID: torchvision's Inception v3 with the weights of 2015, the file WEIGHTS[INCEPTION], and the
@@ -2158,12 +2150,11 @@ class InceptionV3(nn.Module):
         self.net = torchvision.models.inception.Inception3(1008, aux_logits=False, init_weights=False)
         with blame(f"{weights} does not hold FID's Inception", f": get {WEIGHTS[INCEPTION][0]}"):
             self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        for block in self.net.children():
+        for name, block in self.net.named_children():
             if hasattr(block, "branch_pool"):                   # averages leave the padding out
-                block.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+                pool = nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else nn.AvgPool2d(3, 1, 1, count_include_pad=False)
                 block.register_forward_pre_hook(lambda block, args: setattr(block, "seen", args[0]))
-                block.branch_pool.register_forward_pre_hook(lambda _, args, block=block: block.pool(block.seen))
-        self.net.Mixed_7c.pool = nn.MaxPool2d(3, 1, 1)
+                block.branch_pool.register_forward_pre_hook(lambda _, args, block=block, pool=pool: pool(block.seen))
         self.fc, self.net.fc = self.net.fc, nn.Identity()
         self.eval().requires_grad_(False)
 
@@ -2175,35 +2166,31 @@ class InceptionV3(nn.Module):
             features = self.net((tf_resize(images.float()) - 128) / 128)
             return features, self.fc(features)
 
-class Moments:
-    """Sums over images, in float64 and over all processes, that make mean, covariance and Inception Score."""
-    SPLIT = 5000                    # images to one Inception Score; the mean over splits is the result
+SPLIT = 5000                        # images to one Inception Score; the mean over splits is the result
 
-    def __init__(self, machine, images):
-        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
-        self.sum, self.outer, splits = zeros(2048), zeros(2048, 2048), math.ceil(images / self.SPLIT)
-        self.count, self.p, self.entropy = zeros(splits), zeros(splits, 1008), zeros(splits)
-
-    def add(self, inception, rows, pixels):
-        """Count the images with numbers `rows`: uint8 (B, 3, H, W)."""
-        features, logits = inception(pixels)
+def moments(config, machine, inception, count, read, change=lambda pixels: pixels):
+    """Of change(pixels) for the `count` images that read(row numbers, batch) yields, (some rows, uint8 (B, 3, H, W)):
+    mean (2048,), covariance (2048, 2048) with divisor n - 1, Inception Score. Sums: float64, over all processes."""
+    if count < 2048:
+        machine.say(f"warning: FID of {count} images is not comparable: it takes 2,048, better 50,000")
+    zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
+    rows, splits = range(count)[machine.rank::machine.world], math.ceil(count / SPLIT)
+    total, outer, p_sum, entropy = zeros(2048), zeros(2048, 2048), zeros(splits, 1008), zeros(splits)
+    for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=None):
+        features, logits = inception(change(pixels.to(machine.device)))
         f, p = features.double(), (logits - inception.fc.bias).double().softmax(-1)     # the score leaves the bias out
-        self.sum += f.sum(0)
-        self.outer += f.T @ f
-        split = torch.tensor(rows, device=f.device) // self.SPLIT
-        self.count.index_add_(0, split, torch.ones_like(p[:, 0]))
-        self.p.index_add_(0, split, p)
-        self.entropy.index_add_(0, split, torch.special.entr(p).sum(-1))
-
-    def finish(self, machine):
-        """-> mean (2048,), covariance (2048, 2048) with divisor n - 1, Inception Score."""
-        for total in vars(self).values():
-            machine.total(total)
-        n, p = self.count.sum(), self.p / self.count[:, None]
-        mean = self.sum / n
-        covariance = (self.outer - n * torch.outer(mean, mean)) / (n - 1)
-        score = (torch.special.entr(p).sum(-1) - self.entropy / self.count).exp().mean()    # exp E KL(p(y|x) || p(y))
-        return mean.cpu(), covariance.cpu(), score.item()
+        total += f.sum(0)
+        outer += f.T @ f
+        split = torch.tensor(part, device=f.device) // SPLIT
+        p_sum.index_add_(0, split, p)
+        entropy.index_add_(0, split, torch.special.entr(p).sum(-1))
+    for each in (total, outer, p_sum, entropy):
+        machine.total(each)
+    mean, size = total / count, p_sum.sum(-1)               # of each split: an image's probabilities sum to 1
+    covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
+    p = p_sum / size[:, None]
+    score = (torch.special.entr(p).sum(-1) - entropy / size).exp().mean()               # exp E KL(p(y|x) || p(y))
+    return mean.cpu(), covariance.cpu(), score.item()
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, float64. Raises Refused if sizes differ.
@@ -2240,7 +2227,7 @@ def measure_tokenizer(config, machine, tokenizer, images, most=2000):
             found[f"psnr_{n}_tokens"].append(psnr(resize(y, x.shape[-1]), x))
             found[f"psnr_{n}_tokens_at_{y.shape[-1]}px"].append(psnr(y, resize(x, y.shape[-1])))
         keys = fold(root_key(config.seed, "eval"), torch.tensor(part)).to(machine.device)
-        start, ranks = draw_noise(config, keys, config.num_tokens)
+        start, ranks = draw_noise(tokenizer.config, keys, config.num_tokens)
         if start is not None:
             _, kept, corrected = (psnr(y, x) for y in spoil(tokenizer, x, start, ranks))
             found["psnr_spoilt_rest_kept"].append(kept)
@@ -2253,14 +2240,7 @@ def measure_tokenizer(config, machine, tokenizer, images, most=2000):
 @torch.no_grad()
 def measure_fid(config, machine, tokenizer, model, inception, val):
     """Reconstruction FID (validation images), generation FID and Inception Score, with all that defines them."""
-    def moments(count, read, change=lambda pixels: pixels):
-        """Of change(pixels) for the `count` images that read(row numbers, batch) yields: (some rows, pixels)."""
-        if count < 2048:
-            machine.say(f"warning: FID of {count} images is not comparable: it takes 2,048, better 50,000")
-        total, rows = Moments(machine, count), range(count)[machine.rank::machine.world]
-        for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=None):
-            total.add(inception, part, change(pixels.to(machine.device)))
-        return total.finish(machine)
+    measured = functools.partial(moments, config, machine, inception)
 
     def rebuild(pixels):
         with machine.autocast():
@@ -2269,18 +2249,18 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     def drawn(rows, batch):
         return ((part, torch.tensor(file["image"][part]).permute(0, 3, 1, 2)) for part in chunks(rows, batch))
 
-    truth, copies = moments(len(val), val.in_order), moments(len(val), val.in_order, rebuild)
+    truth, copies = measured(len(val), val.in_order), measured(len(val), val.in_order, rebuild)
     if config.reference:
         with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
             reference, whose = (stored["mu"], stored["sigma"]), config.reference
     else:
         train = open_data(config, machine, "train")
-        reference, whose = moments(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"
+        reference, whose = measured(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"
     settings, models = sampling_settings(config), [short_hash(tokenizer), short_hash(model)]
     made_of = short_hash(models, settings, config.seed, config.eval_samples, str(machine.dtype))
     file = draw_images(Path(config.out) / f"samples-{made_of}.npy", config, machine, tokenizer, model,
                        torch.arange(config.eval_samples) % config.num_classes)
-    mean, covariance, score = moments(len(file), drawn)
+    mean, covariance, score = measured(len(file), drawn)
     return {"reconstruction_fid": round(frechet_distance(*copies[:2], *truth[:2]), 4),
             "generation_fid": round(frechet_distance(mean, covariance, *reference), 4),
             "inception_score": round(score, 3),
@@ -2334,7 +2314,8 @@ def evaluate(config, machine):
         save_picture(rows, out / "samples.png")
         save_picture(coarse_to_fine(tokenizer, codes[::8]), out / "coarse_to_fine.png")
         save_picture(reconstructions(tokenizer, pixels), out / "reconstructions.png")
-        save_picture(repairs(tokenizer, pixels), out / "self_correction.png")
+        if tokenizer.config.correction:
+            save_picture(repairs(tokenizer, pixels), out / "self_correction.png")
         draw_curves(config, found, loss)
         say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
     try:
@@ -2389,7 +2370,7 @@ class Bench:
 
     def run(self, what, batch, work, moved, **more):
         """Time work(), which makes `batch` images and has to move at least `moved` bytes -> did it fit in memory?"""
-        packed_flops = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *rest, **more: 2 * math.prod(x) * w[0]}
+        packed_flops = {PACKED_LINEAR: lambda x, w, *rest, **more: 2 * math.prod(x) * w[0]}
         counted = FlopCounterMode(display=False, custom_mapping=packed_flops)
         try:
             with counted, torch.compiler.set_stance("force_eager"):

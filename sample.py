@@ -46,7 +46,7 @@ def parse(argv):
 
 def class_numbers(wanted, names):
     """Class names or numbers -> numbers. Raises Refused."""
-    by_name = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
+    by_name = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}     # names come first
     unknown, known = [w for w in wanted if w not in by_name], textwrap.shorten(", ".join(names), 250)
     df.require(not unknown, f"classes must be among 0..{len(names) - 1}: {known}", ", ".join(unknown))
     return [by_name[w] for w in wanted]

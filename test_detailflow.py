@@ -2043,10 +2043,8 @@ def test_moments_do_not_depend_on_the_batches():
     pixels = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
     results = []
     for batch in (50, 7):
-        moments = df.Moments(CPU, 50)
-        for rows in torch.arange(50).split(batch):
-            moments.add(Fake(), rows.tolist(), pixels[rows])
-        results.append(moments.finish(CPU))
+        read = df.Images(None, None, pixels).in_order
+        results.append(df.moments(df.Config(eval_batch=batch), CPU, Fake(), 50, read))
     mean, covariance, score = results[0]
     features, logits = (t.double().detach().numpy() for t in Fake()(pixels))
     np.testing.assert_allclose(mean, features.mean(0))
@@ -3289,6 +3287,33 @@ def test_a_built_in_sets_number_of_classes_is_its_own(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(df, "train_tokenizer", lambda config, machine: seen.append(config.num_classes))
     assert df.main(["--num-classes", "5", "--stage", "tokenizer", "--out", str(tmp_path)]) == 0 and seen == [10]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_integers_of_any_width_will_do(kind):
+    torch.manual_seed(0)
+    config = df.Config(**TINY)
+    tokenizer, ar = df.Tokenizer(config), df.ARTransformer(config)
+    nn.init.normal_(ar.output.weight)
+    labels, seeds, codes = torch.tensor([1, 0]), torch.tensor([7, 3]), torch.randint(40, (2, 12))
+    assert torch.equal(tokenizer.decode(codes.to(kind)), tokenizer.decode(codes))
+    assert torch.equal(ar(labels.to(kind), codes.to(kind)), ar(labels, codes))
+    drawn = df.generate(ar, labels.to(kind), seeds=seeds.to(kind), guidance=2.0)
+    assert torch.equal(drawn, df.generate(ar, labels, seeds=seeds, guidance=2.0))
+
+
+def test_a_class_name_that_is_a_number_wins_over_the_number():
+    assert sample.class_numbers(["2", "10", "3"], ["0", "1", "10", "2"]) == [3, 2, 3]
+
+
+def test_self_correction_is_measured_with_the_tokenizers_settings(tmp_path):
+    run(tmp_path / "a", "--no-correction", tok_steps=2, ar_steps=2)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert "psnr_spoilt_rest_kept" not in results["tokenizer"] and not (tmp_path / "a" / "self_correction.png").exists()
+    more = ["--tokenizer", str(tmp_path / "a" / "tokenizer.pt"), "--ar", str(tmp_path / "a" / "ar.pt")]
+    run(tmp_path / "b", "--stage", "eval", *more, noise_topk=40)
+    again = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert again["tokenizer"] == results["tokenizer"] and not (tmp_path / "b" / "self_correction.png").exists()
 
 
 def test_ctrl_c_ends_sample_with_one_line(small, tmp_path, monkeypatch, capsys):
