@@ -147,7 +147,7 @@ def fold(keys, number):
 
 def uniform(keys, count):
     """`count` float32 multiples of 2^-24 in [0, 1) for each key: (B,) int64 -> (B, count)."""
-    counter = torch.arange(1, count + 1, device=keys.device) * GOLDEN
+    counter = (torch.arange(1, count + 1, device=keys.device) | 0) * GOLDEN     # without | 0 compiled as an int32 index
     return ((mix(keys[:, None] + counter) >> 40) & 0xFFFFFF).float() * 2**-24
 
 def root_key(seed, purpose):
@@ -384,13 +384,13 @@ class Block(nn.Module):
 
     def project(self, x):
         """q, k and v of x (B, T, D), (B, h, T, D/h) each."""
-        return [split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1)]
+        return tuple(split_heads(t, self.heads) for t in self.qkv(self.norm1(x)).chunk(3, dim=-1))
 
     def forward(self, x, others=None, mask=None):
         """x (B, T, D) attends to itself and to `others`, k and v of P other tokens; mask (T, P + T).
         Returns the new x, and k and v of its own T tokens."""
-        q, *own = self.project(x)
-        k, v = own
+        q, k, v = self.project(x)
+        own = k, v
         if others is not None:
             k, v = (torch.cat(pair, dim=2) for pair in zip(others, own, strict=True))           # (B, h, P + T, D/h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -1518,6 +1518,7 @@ def start_machine(config):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)     # its gradients can be NaN under a mask (pytorch #196678)
         torch.zeros(1, device=device)
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
@@ -2428,8 +2429,9 @@ def benchmark(config, machine):
     """Time drawing, then with random weights and data, the networks alone, a step of each stage, with and without
     self-correction, and the extraction of codes."""
     bench, R, N, device = Bench(machine), config.image_size, config.num_tokens, machine.device
-    batches = [4**i for i in range(7)] if bench.gpu else (1, 4, config.eval_batch)
+    batches = (1, 16, 256, 1024, 4096) if bench.gpu else (1, 4, config.eval_batch)
     bench_sampling(bench, *random_models(config, machine), batches)
+    torch.compiler.reset()                              # frees the memory of CUDA graphs
     tokenizer, model = Tokenizer(config).to(device), ARTransformer(config).to(device)
     run_tokenizer, run_model = wrap(tokenizer, config, machine), wrap(model, config, machine)
     images = torch.rand(config.tok_batch // machine.world, 3, R, R, device=device) * 2 - 1

@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._inductor.utils import get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import detailflow as df
@@ -2206,6 +2207,37 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     graphs = [df.generate(ar, labels, guidance=2.0, seeds=range(i, i + 4)) for i in (0, 4)]
     assert all((a == b).float().mean() > 0.9 for a, b in zip(eager, graphs, strict=True))  # near ties may differ
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
+def test_compiled_training_on_a_gpu_has_the_gradients_of_a_cpu(config):
+    settings, x = df.replace(config, compile=True), images()
+    codes, labels, keys = torch.randint(40, (4, 12)), torch.arange(4), torch.arange(4)
+    torch.manual_seed(0)
+    tokenizer, ar = df.Tokenizer(config), df.ARTransformer(config)
+    nn.init.normal_(ar.output.weight)
+    for module, inputs in ((tokenizer, (x, 12, *df.draw_noise(config, keys, 12))), (ar, (labels, codes, keys))):
+        gradients = []
+        for device, place in ((config, "cpu"), (settings, "cuda")):
+            twin = copy.deepcopy(module).to(place)
+            run = df.wrap(twin, device, df.Machine(torch.device(place)))
+            out = run(*[i.to(place) if isinstance(i, torch.Tensor) else i for i in inputs])
+            (out.pixels.square().mean() + out.vq_loss if module is tokenizer else out.square().mean()).backward()
+            gradients.append([p.grad.cpu() for p in twin.parameters() if p.grad is not None])
+        for a, b in zip(*gradients, strict=True):
+            assert (a - b).norm() < 1e-2 * a.norm() + 1e-6
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler, which Inductor asks for")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
+def test_compilers_keep_random_numbers_in_64_bits():
+    """Inductor makes indices out of what it can, of 32 bits on a GPU; there Triton refuses the large constants."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        code = "".join(get_code(torch.compile(lambda keys: df.uniform(keys, 1000)), torch.arange(4)))
+    torch.compiler.reset()
+    assert str(df.GOLDEN) in code and not re.search(rf"{df.GOLDEN}\w*\)?\s*\*\s*x", code)
 
 
 class OneDtype(TorchDispatchMode):
