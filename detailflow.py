@@ -1536,7 +1536,7 @@ def learning_rate(step, steps, warmup, peak, first, last, start=0):
 class Muon(torch.optim.Optimizer):
     """Momentum SGD with orthogonalised updates of matrices: every direction moves equally far, so that small models
     trained from scratch learn in a fraction of AdamW's steps (Jordan et al. 2024). torch.optim.Muon does it matrix by
-    matrix in bfloat16, where two processes drift from one; this in float32, all matrices of a shape at once."""
+    matrix; this all of a shape at once, and on a CPU in float32, as in bfloat16 two processes drift from one."""
     found_inf = torch.zeros(())             # 1: change nothing; as in torch's fused optimisers
 
     @torch.no_grad()
@@ -1545,17 +1545,20 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 grad = torch.where(keep > 0, p.grad, momentum)
                 shapes.setdefault(p.shape, []).append((p, grad.lerp(momentum.lerp_(grad, 0.05), 0.95)))     # Nesterov
             for shape, pairs in shapes.items():
                 x = torch.stack([step for _, step in pairs])                                # (m, *shape)
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
                 for _ in range(5):      # a x + b x^3 + c x^5, five times over, brings singular values near 1
                     square = x @ x.mT
                     x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-                x = 0.2 * max(shape) ** 0.5 * keep * (x.mT if shape[0] > shape[1] else x)   # as large as AdamW's
+                x = 0.2 * max(shape) ** 0.5 * keep * (x.mT if shape[0] > shape[1] else x).float()   # AdamW's size
                 for (p, _), step in zip(pairs, x, strict=True):
                     p.mul_(1 - keep * group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
 
