@@ -70,8 +70,10 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import types
 import urllib.request
+import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -785,7 +787,7 @@ class ARTransformer(nn.Module):
     """Predicts the N codes of an image of a given class, coarse to fine."""
     def __init__(self, config):
         super().__init__()
-        self.config, self.cache = config, [None]
+        self.config, self.cache, self.dropout = config, [None], dropout
         D, V = config.ar_width, config.codebook_size
         self.class_embed = nn.Embedding(config.num_classes + 1, D)          # the last row is the null class
         self.code_embed = nn.Embedding(V, D)
@@ -849,7 +851,7 @@ class ARTransformer(nn.Module):
         else:
             hidden = uniform(fold(keys, len(self.blocks)), 1)[:, 0] < self.config.class_dropout
             labels = torch.where(hidden, K, labels)
-        x = dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
+        x = self.dropout(self.embed(labels, codes[:, :N - G]), self.config.dropout, keys, len(self.blocks) + 1)
         return self.run(x, keys=keys)
 
 # == 10. Generation: c + (N - c)/G passes (for c = G: G + N/G - 1), each over its new positions only ===================
@@ -1176,6 +1178,7 @@ class LPIPS(nn.Module):
         fill(features, vgg, read_foreign(vgg), [("^", "features.")], r"classifier\.")
         fill(self.weights, linear, read_foreign(linear), [(r"^(\d)$", r"lin\1.model.1.weight")])
         self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
+        self.dropout = dropout
 
     def features(self, images):
         """Yields the five stages' outputs at unit length. Poolings need 16 pixels: smaller is enlarged."""
@@ -1188,7 +1191,7 @@ class LPIPS(nn.Module):
         """Two (B, 3, S, S) in [-1, 1] -> distances (B,). keys (B,): with dropout, which the authors' training
         leaves switched on; None: without."""
         stages = zip(self.features(a), self.features(b), self.weights, strict=True)
-        return sum(F.conv2d(dropout((fa - fb).square(), 0.5, keys, i), weight).float().mean((1, 2, 3))
+        return sum(F.conv2d(self.dropout((fa - fb).square(), 0.5, keys, i), weight).float().mean((1, 2, 3))
                    for i, (fa, fb, weight) in enumerate(stages))
 
 # -- The paper's discriminator: DINO's features of augmented images --
@@ -1378,6 +1381,11 @@ class Images:
         batches = chunks(rows, batch)
         return zip(batches, self.fetch([(row, None) for row in rows] for rows in batches), strict=True)
 
+def leave_group(worker):
+    """Ctrl-C, and torchrun's SIGTERM, are meant for a whole group of processes: not for a data loader's workers, whose
+    images the process that will save and stop may still need."""
+    os.setpgrp()
+
 class Folder(Images):
     """Images in class folders, cropped as they are read. With train/ and val/ (or test/) in the folder these are the
     splits; else every 20th image is kept for validation. A broken file is named once, and the next of its class takes
@@ -1430,7 +1438,7 @@ class Folder(Images):
     def fetch(self, batches):
         """The same, read ahead by worker processes; augmented by crop()."""
         return torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
-                                           pin_memory=torch.cuda.is_available())
+                                           worker_init_fn=leave_group, pin_memory=torch.cuda.is_available())
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
@@ -1616,9 +1624,12 @@ def wrap(module, config, machine):
         for layer in module.modules():
             if isinstance(layer, (Block, ARBlock)):
                 layer.compile()
+            elif hasattr(layer, "dropout"):                 # a dozen steps over large tensors, made one
+                layer.dropout = torch.compile(layer.dropout, dynamic=True)
     if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
-    return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all have the same
+    with warnings.catch_warnings(action="ignore"):          # of an argument whose successor torch 2.11 does not know
+        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all are alike
 
 def short_hash(*things):
     """16 digits that tell one set of settings and modules' weights from another."""
@@ -1851,6 +1862,11 @@ def coarse_to_fine(tokenizer, codes):
     steps = (tokenizer.decode(codes[:, :n]) for n in strip_lengths(tokenizer.config))
     return torch.stack([F.interpolate(x, (R, R)) for x in steps], dim=1)
 
+def examples(images, machine):
+    """Eight pictures of a data set, spread over it: uint8 (8, 3, R, R)."""
+    apart = max(0, len(images) // 8 - 1) | 1                # odd: every tenth of the shapes is the same shape
+    return next(images.in_order(range(0, len(images), apart)[:8], 8))[1].to(machine.device)
+
 def reconstructions(tokenizer, pixels):
     """A row for each uint8 image (B, 3, R, R): from 1 ... N tokens, then itself. (B, lengths + 1, 3, R, R)."""
     images = to_float(pixels)
@@ -1881,11 +1897,13 @@ def draw_batches(config, machine, tokenizer, model, labels, rows, num_tokens=Non
     """Draw the images with numbers `rows`, of labels[rows]: yields (some rows, codes (b, n), uint8 (b, 3, S, S)).
     Image i has seed + i, so neither batch nor process matters."""
     for part in chunks(rows, config.eval_batch):
-        settings = sampling_settings(config) | {"seeds": config.seed + torch.tensor(part), "num_tokens": num_tokens}
+        more = config.eval_batch - len(part) if config.compile and len(rows) > config.eval_batch else 0
+        drawn = torch.tensor(part + part[:1] * more)            # a short last batch would be compiled anew
+        settings = sampling_settings(config) | {"seeds": config.seed + drawn, "num_tokens": num_tokens}
         with machine.autocast():
-            codes = generate(model, labels[part], **settings)
+            codes = generate(model, labels[drawn], **settings)
             pixels = to_uint8(tokenizer.decode(codes))
-        yield part, codes, pixels
+        yield part, codes[:len(part)], pixels[:len(part)]
 
 def samples(config, machine, tokenizer, model):
     """Eight images of each of the first ten classes: codes (classes * 8, N), pixels (classes, 8, 3, R, R)."""
@@ -1912,7 +1930,7 @@ def loss_networks(config, machine, model):
     path = functools.partial(published, folder=config.weights)
     perceptual = tower = disc = None
     if config.perceptual_weight:
-        perceptual = LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device)
+        perceptual = wrap(LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device), config, machine)
     if config.align_weight:
         tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
     if config.disc_weight:
@@ -2021,8 +2039,9 @@ def train_tokenizer(config, machine):
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
             if machine.rank == 0:
-                pixels = next(val.in_order(range(len(val))[:8], 8))[1].to(device)
-                save_picture(reconstructions(ema or model, pixels), out / f"tokenizer_{done:07d}.png")
+                if not progress.leaving:                    # then there may be little time
+                    picture = reconstructions(ema or model, examples(val, machine))
+                    save_picture(picture, out / f"tokenizer_{done:07d}.png")
                 save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
             progress.saved(done)
 
@@ -2128,9 +2147,11 @@ def train_ar(config, machine):
         done = step + 1
         if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
             if machine.rank == 0:
-                value = val_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
-                progress.write(done, {"val_loss": value}, f"held-out loss {value:.4f}")
-                save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
+                if not progress.leaving:
+                    value = val_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
+                    progress.write(done, {"val_loss": value}, f"held-out loss {value:.4f}")
+                    save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
+                    (ema or model).cache = [None]           # gigabytes at the paper's scale
                 save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
             progress.saved(done)
 
@@ -2180,7 +2201,8 @@ def moments(config, machine, inception, count, read, change=lambda pixels: pixel
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
     rows, splits = range(count)[machine.rank::machine.world], math.ceil(count / SPLIT)
     total, outer, p_sum, entropy = zeros(2048), zeros(2048, 2048), zeros(splits, 1008), zeros(splits)
-    for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=None):
+    hidden = True if machine.rank else None             # None: where there is no terminal
+    for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=hidden):
         features, logits = inception(change(pixels.to(machine.device)))
         f, p = features.double(), (logits - inception.fc.bias).double().softmax(-1)     # the score leaves the bias out
         total += f.sum(0)
@@ -2313,7 +2335,7 @@ def evaluate(config, machine):
         say(f"self-correction: one group spoilt {found['psnr_spoilt_rest_kept']:.2f} dB, "
             f"with all later groups encoded again {found['psnr_spoilt_rest_corrected']:.2f} dB")
     if machine.rank == 0:
-        pixels = next(val.in_order(range(len(val))[:8], 8))[1].to(machine.device)
+        pixels = examples(val, machine)
         codes, rows = samples(config, machine, tokenizer, model)
         save_picture(rows, out / "samples.png")
         save_picture(coarse_to_fine(tokenizer, codes[::8]), out / "coarse_to_fine.png")
@@ -2322,6 +2344,7 @@ def evaluate(config, machine):
             save_picture(repairs(tokenizer, pixels), out / "self_correction.png")
         draw_curves(config, found, loss)
         say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
+    inception = None
     try:
         require(config.inception != "none", "it takes Inception's weights, --inception auto or FILE", "none")
         if config.inception == "auto":
@@ -2330,9 +2353,11 @@ def evaluate(config, machine):
         inception = InceptionV3(config.inception).to(machine.device)
     except Refused as reason:
         say(f"FID: not measured: {reason}")
-    else:
+    if machine.total(torch.tensor(float(inception is not None), device=machine.device)) == machine.world:
         results["fid"] = measure_fid(config, machine, tokenizer, model, inception, val)
         say(json.dumps(results["fid"], indent=1))
+    elif inception:
+        say("FID: not measured: another process has no Inception weights")
     if machine.rank == 0:
         with written_whole(out / "results.json") as file:
             file.write(json.dumps(results, indent=1).encode())
@@ -2505,31 +2530,38 @@ def guarded(program, job, after_all="the same command goes on from the last chec
     """Run a program's job() -> exit status: 0, 2 for a user's mistake, a folder that can't be made, a full disk or
     memory, 130 or 143 when interrupted; a line says why. Raises what else goes wrong: a bug of ours."""
     def interrupt(number, frame):
-        """In training after the step, and when asked a second time, or elsewhere, at once."""
-        if Progress.asked != 0:
+        """In training after the step; elsewhere, and at a second Ctrl-C, at once. (A cluster may say SIGTERM twice.)"""
+        if Progress.asked is None or (Progress.asked and number == signal.SIGINT):
             raise KeyboardInterrupt("interrupted", number)
         Progress.asked = number
 
     Progress.asked, handlers = None, {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    status = 1
     try:
         job()
-        return 0
+        status = 0
     except (Refused, OSError, MemoryError, RuntimeError) as error:
         lines, runtime = str(error).strip().splitlines() or ["out of memory"], isinstance(error, RuntimeError)
         if runtime and not re.search("out of memory|allocate|DataLoader worker|shared memory", lines[0]):
             raise
         text = lines[0] if runtime else re.sub(r"^[\w.]*Refused: ", "", lines[-1])      # a worker's has a traceback
         print(f"{program}: {text}", file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt as error:
         text, number = error.args or ("interrupted", signal.SIGINT)
         print(f"\n{program}: {text}; {after_all}", file=sys.stderr)
-        return 128 + number                 # as shells report it
+        status = 128 + number               # as shells report it
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if dist.is_initialized() and status:            # to end in order would be to wait for others that wait for us
+            if status == 1:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
         if dist.is_initialized():
             dist.destroy_process_group()
+    return status
 
 def main(argv=None):
     """Run the command line -> exit status, see guarded()."""

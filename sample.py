@@ -78,6 +78,7 @@ def draw(args, tokenizer, model, machine, names, out):
     if args.npz:
         path = npz.with_suffix(f".{df.short_hash(vars(args), tokenizer, model)}.npy")   # goes on where a killed run was
         drawn = df.draw_images(path, config, machine, tokenizer, model, labels, args.tokens)
+        machine.barrier()                                               # until all have opened it
         if machine.rank == 0:
             with df.written_whole(npz) as file:
                 np.savez(file, arr_0=drawn["image"], arr_1=drawn["label"].astype(np.int64))

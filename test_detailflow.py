@@ -580,6 +580,27 @@ def test_two_compiled_graphs_serve_all_passes(ar):
     torch.compiler.reset()
 
 
+def test_compiled_sampling_meets_one_size_of_batch_and_draws_the_same(config, tokenizer, ar, monkeypatch):
+    sizes, drawn, generate = [], [], df.generate
+    monkeypatch.setattr(df, "generate", lambda *args, **more: sizes.append(len(args[1])) or generate(*args, **more))
+    for compiled in (False, True):
+        settings = df.replace(config, eval_batch=4, compile=compiled)
+        batches = df.draw_batches(settings, CPU, tokenizer, ar, torch.arange(10) % 3, [9, *range(9)])
+        rows, *values = zip(*batches, strict=True)
+        assert [len(part) for part in rows] == [4, 4, 2]
+        drawn.append([torch.cat(each) for each in values])
+    assert sizes == [4, 4, 2, 4, 4, 4] and all(map(torch.equal, *drawn))
+
+
+def test_example_pictures_are_spread_over_the_set_and_over_the_shapes():
+    def show(count, shapes=256):
+        pixels = (torch.arange(count) % shapes)[:, None, None, None].to(torch.uint8)
+        return df.examples(df.Images(torch.zeros(count), None, pixels), CPU).flatten().tolist()
+
+    assert show(3) == [0, 1, 2] and show(8) == list(range(8)) and show(250) == list(range(0, 233, 31))[:8]
+    assert len(set(show(2000, 10))) == 8
+
+
 def test_generation_works_under_bfloat16_autocast(ar):
     with df.Machine(torch.device("cpu"), torch.bfloat16).autocast():
         fast, slow = (df.generate(ar, torch.arange(4), 1.5, temperature=0, slow=slow) for slow in (False, True))
@@ -2591,6 +2612,49 @@ def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
     assert process.exitcode == 130 and not (tmp_path / "tokenizer.pt").exists()
+
+
+def test_a_second_sigterm_does_not_spoil_the_save(folder, tmp_path):
+    """Where a cluster tells all processes, and torchrun, told too, tells its own once more."""
+    process = start(command(tmp_path, folder, log_every=1), tmp_path / "log", functools.partial(slow_steps, 1))
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    time.sleep(0.5)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    status, text = end(process, tmp_path / "log")
+    assert status == 143 and "stopped after step" in text and (tmp_path / "tokenizer.pt").exists()
+
+
+def test_a_signal_to_torchrun_saves_though_the_loaders_workers_get_it_too(folder, tmp_path):
+    job = torchrun(2, command(tmp_path, folder, workers=2, log_every=1, save_every=10**6, tok_steps=10**6))
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) > 3)
+    job.terminate()
+    text, _ = job.communicate(timeout=60)
+    step = torch.load(tmp_path / "tokenizer.pt", weights_only=True)["step"]
+    assert f"stopped after step {step} of" in text and "DataLoader worker" not in text, text
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys):
+    """NCCL's farewell waits for the collectives that other processes are still in, and they wait for this one."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    def job(error):
+        if error:
+            raise error
+
+    farewells = []
+    monkeypatch.setattr(df.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(df.dist, "destroy_process_group", lambda: farewells.append(1))
+    monkeypatch.setattr(df.os, "_exit", leave)
+    assert df.guarded("program", lambda: job(None)) == 0 and farewells == [1]
+    for error, status in ((df.Refused("no"), 2), (KeyboardInterrupt("stopped", 15), 143), (ValueError("a bug"), 1)):
+        with pytest.raises(SystemExit) as left:
+            df.guarded("program", functools.partial(job, error))
+        assert left.value.code == status and farewells == [1]
+        assert ("Traceback" in capsys.readouterr().err) == (status == 1)
 
 
 def test_a_run_that_fails_gives_signals_back(folder, tmp_path, monkeypatch):
