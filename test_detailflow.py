@@ -2209,6 +2209,7 @@ def test_readme_links_lead_to_its_sections_pictures_and_metrics(trained):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
 def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     x, labels, codes = images(), torch.arange(4), torch.randint(40, (4, 12))
     with torch.no_grad():
