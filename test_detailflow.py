@@ -77,11 +77,30 @@ TINY = {
     "eval_batch": 100,
 }
 CPU = df.Machine(torch.device("cpu"))
+HAS_GPU = torch.cuda.is_available()
 needs_shared = pytest.mark.skipif(not (SHARED / "vectors/set1.pt").exists(), reason="../shared/vectors is absent")
 
 
 def flags(settings, **more):
     return [word for k, v in (settings | more).items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_gpu():
+    """Tests, and the processes that they start, see no GPU: most compare bits, and some want several devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tests that ask for it see one, where there is one."""
+    if not HAS_GPU:
+        pytest.skip("no GPU")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 df.SHAPES.update({split: count // 10 for split, count in df.SHAPES.items()})  # to save time
@@ -2208,9 +2227,8 @@ def test_readme_links_lead_to_its_sections_pictures_and_metrics(trained):
     assert len(text.splitlines()) <= 200
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
-def test_gpu_agrees_with_cpu(config, tokenizer, ar):
+def test_gpu_agrees_with_cpu(gpu, config, tokenizer, ar):
     x, labels, codes = images(), torch.arange(4), torch.randint(40, (4, 12))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -2231,9 +2249,8 @@ def test_gpu_agrees_with_cpu(config, tokenizer, ar):
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
-def test_compiled_training_on_a_gpu_has_the_gradients_of_a_cpu(config):
+def test_compiled_training_on_a_gpu_has_the_gradients_of_a_cpu(gpu, config):
     settings, x = df.replace(config, compile=True), images()
     codes, labels, keys = torch.randint(40, (4, 12)), torch.arange(4), torch.arange(4)
     torch.manual_seed(0)
