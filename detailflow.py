@@ -1188,11 +1188,14 @@ class LPIPS(nn.Module):
             yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
 
     def forward(self, a, b, keys=None):
-        """Two (B, 3, S, S) in [-1, 1] -> distances (B,). keys (B,): with dropout, which the authors' training
-        leaves switched on; None: without."""
+        """Images a (kB, 3, S, S), in [-1, 1], of each of b (B, 3, S, S) in turn, k times -> distances (kB,).
+        keys (kB,): with dropout, which the authors' training leaves switched on; None: without."""
         stages = zip(self.features(a), self.features(b), self.weights, strict=True)
-        return sum(F.conv2d(self.dropout((fa - fb).square(), 0.5, keys, i), weight).float().mean((1, 2, 3))
-                   for i, (fa, fb, weight) in enumerate(stages))
+        total = 0
+        for i, (fa, fb, weight) in enumerate(stages):
+            error = (fa.unflatten(0, (-1, len(fb))) - fb).flatten(0, 1).square()
+            total = total + F.conv2d(self.dropout(error, 0.5, keys, i), weight).float().mean((1, 2, 3))
+        return total
 
 # -- The paper's discriminator: DINO's features of augmented images --
 
@@ -2009,7 +2012,7 @@ def train_tokenizer(config, machine):
                 if perceptual:
                     ramp = config.perceptual_weight * min(1, (step + 1) / perceptual.RAMP)
                     dropout_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])
-                    losses["perceptual_loss"] = ramp * perceptual(made.pixels, target, dropout_keys).mean()
+                    losses["perceptual_loss"] = ramp * perceptual(made.pixels, target[:len(x)], dropout_keys).mean()
                 if tower:
                     losses["align_loss"] = config.align_weight * alignment_loss(made.guess, tower, x)
                 if adversarial:

@@ -1409,6 +1409,7 @@ def test_lpips_equals_the_slow_way(nets, lpips, size):
     a, b = torch.rand(2, 2, 3, size, size) * 2 - 1
     slow = torch.stack([slow_lpips(nets, a[i], b[i]) for i in range(2)])
     torch.testing.assert_close(lpips(a, b), slow, rtol=1e-5, atol=0)
+    torch.testing.assert_close(lpips(torch.cat([a, b]), b), torch.cat([slow, 0 * slow]), rtol=1e-5, atol=1e-9)
     assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
