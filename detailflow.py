@@ -1440,8 +1440,11 @@ class Folder(Images):
 
     def fetch(self, batches):
         """The same, read ahead by worker processes; augmented by crop()."""
-        return torch.utils.data.DataLoader(self, batch_sampler=batches, num_workers=self.workers,
-                                           worker_init_fn=leave_group, pin_memory=torch.cuda.is_available())
+        # On Linux forked: a fork server, the way of Python 3.14, would be in the group, and copies the list of files.
+        how = "fork" if self.workers and sys.platform == "linux" else None
+        return torch.utils.data.DataLoader(
+            self, batch_sampler=batches, num_workers=self.workers, worker_init_fn=leave_group,
+            multiprocessing_context=how, pin_memory=torch.cuda.is_available())
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
     """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
