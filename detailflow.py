@@ -2534,7 +2534,8 @@ def run_stages(config, stage):
 
 def guarded(program, job, after_all="the same command goes on from the last checkpoint"):
     """Run a program's job() -> exit status: 0, 2 for a user's mistake, a folder that can't be made, a full disk or
-    memory, 130 or 143 when interrupted; a line says why. Raises what else goes wrong: a bug of ours."""
+    memory, 130 or 143 when interrupted; a line says why. Raises what else goes wrong: a bug of ours. Under torchrun a
+    process that fails does not return: it exits, with this status."""
     def interrupt(number, frame):
         """In training after the step; elsewhere, and at a second Ctrl-C, at once. (A cluster may say SIGTERM twice.)"""
         if Progress.asked is None or (Progress.asked and number == signal.SIGINT):
@@ -2560,13 +2561,14 @@ def guarded(program, job, after_all="the same command goes on from the last chec
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if dist.is_initialized() and status:            # to end in order would be to wait for others that wait for us
-            if status == 1:
-                traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if status == 0:
+                dist.destroy_process_group()
+            else:                           # that would wait for others, who wait for us
+                if status == 1:
+                    traceback.print_exc()
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
     return status
 
 def main(argv=None):
