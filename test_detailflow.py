@@ -1975,6 +1975,34 @@ def test_ar_transformer_learns_four_sequences_by_heart(config, ar):
     assert torch.equal(df.generate(ar, labels, temperature=0), codes)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_optimizers_clip_at_norm_1_decay_matrices_alone_and_run_muon_faster(ar, kind):
+    """Against torch's AdamW and clipping; the hidden matrices against Muon at 2.5 times the rate."""
+    theirs, lr = copy.deepcopy(ar), 1e-2
+    ours = df.Optimizers(ar, kind, lr, weight_decay=0.3)
+    named = dict(theirs.named_parameters())
+    hidden = [p for name, p in named.items() if kind == "muon" and name.startswith("blocks.") and p.ndim == 2]
+    rest = [p for p in named.values() if not any(p is h for h in hidden)]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.3},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    reference = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False)]
+    reference += [df.Muon([{"params": hidden}], {"lr": 2.5 * lr, "weight_decay": 0.3})] if hidden else []
+    for size in (10.0, 0.5, 100.0):
+        whole = torch.randn(sum(p.numel() for p in named.values()))
+        whole *= size / whole.norm()
+        for model in (ar, theirs):
+            for p, grad in zip(model.parameters(), whole.split([p.numel() for p in named.values()]), strict=True):
+                p.grad = grad.view_as(p).clone()
+        assert ours.step(lr).item() == pytest.approx(size, rel=1e-4)  # the norm before clipping
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for optimizer in reference:
+            optimizer.step()
+    for name, p in ar.named_parameters():
+        torch.testing.assert_close(p, named[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_muon_takes_torchs_steps():
     """torch.optim.Muon works in bfloat16: equal to a few hundredths of a step."""
     ours, theirs = nn.Linear(48, 32, bias=False), nn.Linear(48, 32, bias=False)
