@@ -464,6 +464,22 @@ def test_noise_falls_on_single_early_tokens_or_whole_groups_and_never_on_the_las
     assert abs((start == 6).float().mean() - 3 / 9) < 0.03
     assert set(df.draw_noise(config, keys, 3)[0].tolist()) == {0, 1, 2}
     assert df.draw_noise(config, keys, 1) == (None, None)
+    parallel = df.replace(config, causal_num=0)  # the only group of a prefix of 3 is its last
+    assert df.draw_noise(parallel, keys, 3) == (None, None)
+    assert set(df.draw_noise(parallel, keys, 6)[0].tolist()) == {0}
+    singles = df.replace(config, group_size=1, causal_num=1)
+    assert set(df.draw_noise(singles, keys, 2)[0].tolist()) == {0}
+
+
+@pytest.mark.parametrize("init_std, queries, positions", [(0.3, 0.3, 0.3), (0.0, 0.02, 64**-0.5)])
+def test_queries_and_positions_start_as_large_as_asked_for(config, init_std, queries, positions):
+    config = df.replace(config, init_std=init_std, num_tokens=48, enc_width=64, enc_mlp=0, dec_width=64, dec_mlp=0)
+    made = df.Tokenizer(config)
+    for name in ("queries", "retry_queries", "query_positions", "code_positions"):
+        assert getattr(made, name).std().item() == pytest.approx(queries, rel=0.1), name
+    for vit in (made.encoder, made.decoder):
+        assert vit.positions.std().item() == pytest.approx(positions, rel=0.1)
+    assert made.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_prefixes_are_drawn_full_with_the_probability_asked_for(config):
