@@ -47,11 +47,12 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
 We follow the authors' code (ByteFlow-AI/DetailFlow), which made the published models, where it differs from the paper.
 Where we differ from it (read this last). For speed: generation keeps a KV cache, and both passes of self-correction
 share the patches. So that the number of GPUs hardly matters: each image, and each of its ten crops, has its own
-spoilt group and dropout; all GPUs decode the same prefix in a step; LeCam's means are global, and saved. For safety:
-codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random start would
-linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced, unless random
-ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but Muon, restarts
-of dead codes and a larger initial scale of queries; the imagenet presets follow the authors in all of this.
+spoilt group, dropout and augmentation; all GPUs decode the same prefix in a step; LeCam's means are global, and saved.
+For safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random
+start would linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced,
+unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
+Muon, restarts of dead codes, a larger initial scale of queries and a small discriminator, which pushes no image harder
+than its pixel loss pulls; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -230,7 +231,7 @@ class Config:
     perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
-    disc_start: int = setting("tokenizer training", 1250, "step at which the adversarial loss starts")
+    disc_start: int = setting("tokenizer training", 2000, "step at which the adversarial loss starts")
     gpt: str = setting("AR transformer", "", "B, L or XL set width, depth and heads", one_of=("", "B", "L", "XL"))
     ar_width: int = setting("AR transformer", 160, "width", 1, 16384)
     ar_depth: int = setting("AR transformer", 4, "layers", 1, 256)
@@ -302,8 +303,8 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "patch_size": 4, "num_tokens": 128, "group_size": 8, "codebook_size": 4096, "enc_width": 384,
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
-        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
-        "disc_start": 7000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
+        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.5,
+        "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
         "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
         "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
@@ -681,24 +682,54 @@ class Tokenizer(nn.Module):
 
 # == 8. Adversarial loss (optional): a discriminator learns to see what decoded images lack ============================
 
+def diff_augment(images, key, keys, weak):
+    """DiffAugment (arXiv 2006.10738): images (B, 3, S, S) -> the same shape, differentiable. Colour, translation by up
+    to S/8, and cutout, drawn for each image from keys (B,). weak: each of the three with chance 1/2, one draw for the
+    batch, from key (1,), and a hole of 0.2 S; else all three, and a hole of 0.5 S."""
+    S, use = images.shape[-1], uniform(key, 3)[0] < (0.5 if weak else 1.0)              # (3,) bool
+    rows, columns = torch.arange(S, device=key.device)[:, None], torch.arange(S, device=key.device)
+    u = uniform(keys, 7).T[..., None, None, None]                                       # (7, B, 1, 1, 1)
+
+    x = images + u[0] - 0.5                                                             # brightness
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * u[1]                                                    # saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    images = torch.where(use[0], mean + (x - mean) * (u[2] + 0.5), images)              # contrast
+
+    most = int(S / 8 + 0.5)
+    down, right = (u[3:5] * (2 * most + 1)).long()                                      # (B, 1, 1, 1)
+    wider = F.pad(images, [most] * 4)
+    moved = wider.take_along_dim(rows + down, 2).take_along_dim(columns + right, 3)     # (B, 3, S, S)
+    images = torch.where(use[1], moved, images)
+
+    side = int(S * (0.2 if weak else 0.5) + 0.5)
+    top, left = (u[5:7] * (S + 1 - side % 2)).long() - side // 2                        # may stick out
+    hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side) # (B, 1, S, S)
+    return torch.where(use[2], images * ~hole, images)
+
 class Discriminator(nn.Module):
-    """Real or decoded? What both discriminators share; each adds its own score(images, key) and augment()."""
+    """Real or decoded? What both discriminators share; each adds its own score(images, key). It sees images augmented,
+    or it would learn the training set by heart, and the decoder would answer with a grid of its patches."""
     LECAM, DECAY = 0.001, 0.999
+    RATE, BETAS = None, (0.9, 0.95)                     # of its AdamW; a rate of None: the tokenizer's
     consistency = 0.0           # weight of the loss on score changes under strong augmentation
-    augment = staticmethod(lambda images, key, weak: images)
 
     def __init__(self):
         super().__init__()
         self.register_buffer("anchors", torch.zeros(2))     # running means of real and fake scores
 
-    def scores(self, images, key, weak=True):
-        """Scores in float32 of images (B, 3, S, S), augmented by a key (1,)."""
-        return self.score(self.augment(images, fold(key, 0), weak), fold(key, 1)).float()
+    def scores(self, images, key, keys, weak=True):
+        """Scores in float32 of images (B, 3, S, S); key (1,) is the batch's, keys (B,) are the images'."""
+        return self.score(diff_augment(images, fold(key, 0), keys, weak), fold(key, 1)).float()
 
-    def forward(self, real, fake, key):
+    def adversarial_loss(self, fake, target, key, keys):
+        """What the decoder is to lower: minus the mean score of what it made, fake (B, 3, S, S), of the target."""
+        return -self.scores(fake, key, keys).mean()
+
+    def forward(self, real, fake, key, keys):
         """Scores of real and fake images weakly augmented and, where consistency is wanted, strongly."""
         views = [(real, 0, True), (fake, 1, True), (real, 2, False), (fake, 3, False)]
-        return [self.scores(x, fold(key, i), weak) for x, i, weak in views if weak or self.consistency]
+        return [self.scores(x, fold(key, i), fold(keys, i), weak) for x, i, weak in views if weak or self.consistency]
 
     def loss(self, scores, weight, machine):
         """Hinge, plus LeCam, which keeps real scores from running far above the mean fake one, and vice versa. As in
@@ -713,6 +744,8 @@ class Discriminator(nn.Module):
 
 class PatchDiscriminator(Discriminator):
     """For the small presets: a convolutional network that scores patches of 26 x 26 pixels."""
+    RATE, BETAS = 1e-3, (0.5, 0.95)     # slower or with a momentum of 0.9 it never learns: the decoder evades it
+
     def __init__(self, image_size, width=64):
         super().__init__()
         self.image_size = image_size
@@ -727,6 +760,15 @@ class PatchDiscriminator(Discriminator):
         if images.shape[-1] < self.image_size:
             images = F.interpolate(images, (self.image_size,) * 2, mode="bilinear", align_corners=False)
         return self.net(images)
+
+    def adversarial_loss(self, fake, target, key, keys):
+        """Scaled, image by image, to a gradient at the pixels as long as the pixel loss's. So at disc_weight w it moves
+        a pixel by about w times its error; a fixed scale drowned the pixel loss, where LPIPS is not there to resist."""
+        loss = -self.scores(fake, key, keys).flatten(1).mean(1)                                 # (B,)
+        push, = torch.autograd.grad(loss.sum(), fake, retain_graph=True)                        # (B, 3, S, S)
+        pull = 2 * (fake - target).detach() / fake[0].numel()
+        pull, push = (gradient.flatten(1).norm(dim=1) for gradient in (pull, push))             # (B,) each
+        return (loss * pull / push.clamp(min=1e-12)).mean()
 
 # == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.3) =============
 
@@ -1199,31 +1241,6 @@ class LPIPS(nn.Module):
 
 # -- The paper's discriminator: DINO's features of augmented images --
 
-def diff_augment(images, key, weak):
-    """DiffAugment (arXiv 2006.10738): images (B, 3, S, S), key (1,) -> the same shape, differentiable.
-    Colour, translation by up to S/8, and cutout, drawn for each image. weak: each of the three with chance
-    1/2, one draw for the batch, and a hole of 0.2 S; else all three, and a hole of 0.5 S."""
-    S, use = images.shape[-1], uniform(key, 3)[0] < (0.5 if weak else 1.0)              # (3,) bool
-    rows, columns = torch.arange(S, device=key.device)[:, None], torch.arange(S, device=key.device)
-    u = uniform(fold(fold(key, 0), torch.arange(len(images), device=key.device)), 7).T[..., None, None, None]
-
-    x = images + u[0] - 0.5                                                             # brightness
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * 2 * u[1]                                                    # saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    images = torch.where(use[0], mean + (x - mean) * (u[2] + 0.5), images)              # contrast
-
-    most = int(S / 8 + 0.5)
-    down, right = (u[3:5] * (2 * most + 1)).long()                                      # (B, 1, 1, 1)
-    wider = F.pad(images, [most] * 4)
-    moved = wider.take_along_dim(rows + down, 2).take_along_dim(columns + right, 3)     # (B, 3, S, S)
-    images = torch.where(use[1], moved, images)
-
-    side = int(S * (0.2 if weak else 0.5) + 0.5)
-    top, left = (u[5:7] * (S + 1 - side % 2)).long() - side // 2                        # may stick out
-    hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side) # (B, 1, S, S)
-    return torch.where(use[2], images * ~hole, images)
-
 class Dino(nn.Module):
     """DINO's ViT-S/16 (arXiv 2104.14294), frozen, with tanh-GELU as the authors run it."""
     WIDTH = 384
@@ -1250,7 +1267,7 @@ class Dino(nn.Module):
 
 class DinoDiscriminator(Discriminator):
     """The paper's: a frozen DINO looks, and five small heads, all that is trained, score each patch."""
-    consistency, augment = 4.0, staticmethod(diff_augment)
+    consistency = 4.0
 
     def __init__(self, dino):
         super().__init__()
@@ -1579,7 +1596,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """The optimisers of a module: AdamW with the authors' betas; for kind "muon" the matrices of the transformer layers
     use Muon, which works best at 2.5 times AdamW's learning rate. Vectors have no weight decay."""
-    def __init__(self, module, kind, lr, weight_decay=0.0):
+    def __init__(self, module, kind, lr, weight_decay=0.0, betas=(0.9, 0.95)):
         self.module, self.steps, self.bad_in_a_row = module, 0, 0
         groups = {"hidden": [], "matrices": [], "vectors": []}
         for name, p in module.named_parameters():
@@ -1587,7 +1604,7 @@ class Optimizers:
             groups["hidden" if hidden else "matrices" if p.ndim >= 2 else "vectors"].append(p)
         self.parts = {"adamw": torch.optim.AdamW([{"params": groups["matrices"], "weight_decay": weight_decay},
                                                   {"params": groups["vectors"], "weight_decay": 0.0}],
-                                                 lr=lr, betas=(0.9, 0.95), fused=True)}
+                                                 lr=lr, betas=betas, fused=True)}
         if hidden := groups["hidden"]:
             self.parts["muon"] = Muon([{"params": hidden, "lr_scale": 2.5}], {"lr": lr, "weight_decay": weight_decay})
 
@@ -1981,7 +1998,7 @@ def train_tokenizer(config, machine):
         perceptual, tower, disc = loss_networks(config, machine, model)
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
-    disc_optimizers = disc and Optimizers(disc, "adamw", config.tok_lr)
+    disc_optimizers = disc and Optimizers(disc, "adamw", config.tok_lr, betas=disc.BETAS)
     parts = {"model": model, "ema": ema, "disc": disc, **optimizers.parts}
     parts["disc_adamw"] = disc and disc_optimizers.parts["adamw"]
     groups = ("data", "tokenizer", "tokenizer training", "training")
@@ -1998,7 +2015,7 @@ def train_tokenizer(config, machine):
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = disc is not None and step + 1 >= config.disc_start
         side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
-        disc_key = fold(fold(root_key(config.seed, "disc"), step), machine.rank).to(device, non_blocking=True)
+        disc_key = fold(root_key(config.seed, "disc"), step).to(device, non_blocking=True)
 
         # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
@@ -2011,36 +2028,37 @@ def train_tokenizer(config, machine):
                 made = distributed(x, prefix, noise_start, ranks, count)
                 copies = len(made.pixels) // len(x)                                         # 2 if self-corrected
                 target = target.repeat(copies, 1, 1, 1)
+                image_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])        # (copies b,)
                 losses = {"pixel_loss": F.mse_loss(made.pixels, target), "vq_loss": made.vq_loss}
                 if perceptual:
                     ramp = config.perceptual_weight * min(1, (step + 1) / perceptual.RAMP)
-                    dropout_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])
-                    losses["perceptual_loss"] = ramp * perceptual(made.pixels, target[:len(x)], dropout_keys).mean()
+                    losses["perceptual_loss"] = ramp * perceptual(made.pixels, target[:len(x)], image_keys).mean()
                 if tower:
                     losses["align_loss"] = config.align_weight * alignment_loss(made.guess, tower, x)
                 if adversarial:
-                    losses["adv_loss"] = -config.disc_weight * disc.scores(made.pixels, disc_key).mean()
+                    losses["adv_loss"] = config.disc_weight * disc.adversarial_loss(
+                        made.pixels, target, disc_key, image_keys)
             backward(sum(losses.values()) / config.grad_accum)
             model.quantizer.track(made.codes, machine)
             values = {k: values.get(k, 0) + v.detach() / config.grad_accum for k, v in losses.items()}
-            results.append((target, made.pixels.detach(), made.latents))
+            results.append((made.latents, image_keys, target, made.pixels.detach()))
         values["grad_norm"] = optimizers.step(lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
             key = root_key(config.seed, f"revive {step}").to(device)
-            model.quantizer.revive(torch.cat([latents for *_, latents in results]), key, machine)
+            model.quantizer.revive(torch.cat([latents for latents, *_ in results]), key, machine)
         update_ema(ema, model, config.tok_ema, step)
         values["usage"], values["perplexity"] = model.quantizer.usage()
 
         # The discriminator: tell targets from decoded images.
         if adversarial:
             disc.zero_grad()                                # the tokenizer's step has left gradients in it
-            for target, pixels, _ in results:
+            for _, image_keys, target, pixels in results:
                 with machine.autocast():
-                    scores = distributed_disc(target, pixels, fold(disc_key, 1))
+                    scores = distributed_disc(target, pixels, fold(disc_key, 1), image_keys)
                 disc_loss = disc.loss(scores, config.disc_weight, machine) / config.grad_accum
                 backward(disc_loss)
                 values["disc_loss"] = values.get("disc_loss", 0) + disc_loss.detach()
-            values["disc_grad_norm"] = disc_optimizers.step(lr)
+            values["disc_grad_norm"] = disc_optimizers.step(disc.RATE or lr)
 
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due

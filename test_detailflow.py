@@ -1474,10 +1474,10 @@ def test_lpips_refuses_other_files(nets, tmp_path):
 # == 11. DiffAugment ==
 
 
-def slow_augment(image, key, number, weak, use):
+def slow_augment(image, number, weak, use):
     """One image with plain numbers, by the paper's description."""
     S = image.shape[-1]
-    u = df.uniform(df.fold(df.fold(key, 0), torch.tensor([number])), 7)[0].tolist()
+    u = df.uniform(torch.tensor([number]), 7)[0].tolist()
     if use[0]:
         image = image + u[0] - 0.5
         grey = image.mean(0, keepdim=True)
@@ -1514,8 +1514,9 @@ def test_diff_augment_equals_the_slow_way(weak, size):
         key = torch.tensor([seed])
         use = tuple((df.uniform(key, 3)[0] < 0.5).tolist()) if weak else (True, True, True)
         seen.add(use)
-        slow = torch.stack([slow_augment(images[i], key, i, weak, use) for i in range(3)])
-        torch.testing.assert_close(df.diff_augment(images, key, weak), slow, rtol=0, atol=1e-6)
+        slow = torch.stack([slow_augment(images[i], 3 * seed + i, weak, use) for i in range(3)])
+        fast = df.diff_augment(images, key, 3 * seed + torch.arange(3), weak)
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6)
     assert len(seen) == (1 if not weak else len(seen)) and (not weak or len(seen) > 4)
 
 
@@ -1523,20 +1524,22 @@ def test_diff_augment_draws_what_it_should():
     """A policy that never or always applies; holes of one size that miss the edges; shifts beyond S / 8."""
     ones, same = torch.ones(64, 3, 16, 16), 0
     for seed in range(200):
-        same += torch.equal(df.diff_augment(ones[:1], torch.tensor([seed]), weak=True), ones[:1])
+        same += torch.equal(df.diff_augment(ones[:1], torch.tensor([seed]), torch.tensor([seed]), True), ones[:1])
     assert 10 < same < 45  # (1/2)^3 of the batches are left alone: 25 +- 5
-    a = df.diff_augment(ones, torch.tensor([5]), weak=False)
+    key, keys = torch.tensor([5]), torch.arange(64)
+    a = df.diff_augment(ones, key, keys, weak=False)
     zero = (a == 0).all(1)
     assert 64 * 16 * 16 * 0.15 < zero.sum() < 64 * 16 * 16 * 0.5 and zero.any(0).all()
     assert len({tuple(row.tolist()) for row in zero.flatten(1)}) > 50
-    assert df.diff_augment(ones, torch.tensor([5]), False).equal(a)
-    assert not df.diff_augment(ones, torch.tensor([6]), False).equal(a)
+    assert df.diff_augment(ones, key, keys, False).equal(a)
+    assert df.diff_augment(ones[9:], key, keys[9:], False).equal(a[9:])  # whatever the batch
+    assert not df.diff_augment(ones, key, keys + 64, False).equal(a)
 
 
 def test_diff_augment_passes_gradients_where_it_shows_the_image():
     torch.manual_seed(0)
     images = torch.rand(2, 3, 16, 16).requires_grad_()
-    df.diff_augment(images, torch.tensor([3]), weak=False).square().sum().backward()
+    df.diff_augment(images, torch.tensor([3]), torch.arange(2), weak=False).square().sum().backward()
     assert 0 < (images.grad != 0).float().mean() <= 1 and torch.isfinite(images.grad).all()
 
 
@@ -1682,7 +1685,7 @@ def test_the_discriminator_teaches_the_decoder_and_learns(disc):
     torch.manual_seed(0)
     disc.train()
     real, fake = torch.rand(1, 3, 16, 16) * 2 - 1, (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
-    scores = disc(real, fake, torch.tensor([1]))
+    scores = disc(real, fake, torch.tensor([1]), torch.tensor([2]))
     assert len(scores) == 4
     loss = disc.loss(scores, 0.2, CPU)
     loss.backward()
@@ -1696,10 +1699,38 @@ def test_the_discriminator_teaches_the_decoder_and_learns(disc):
     assert loss.item() == pytest.approx((0.2 * (hinge + 0.001 * lecam) + 4 * same).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("side", [4, 16])
+def test_the_small_discriminator_pushes_each_image_as_hard_as_its_error_pulls(side):
+    """A scale of the whole batch, another length, or a gradient that also changes the length."""
+    disc, target = df.PatchDiscriminator(16).eval(), images(4, side)  # in training each look changes spectral norms
+    error = torch.tensor([0.0, 0.01, 0.1, 1.0])[:, None, None, None] * torch.randn(target.shape)
+    fake = (target + error).requires_grad_()
+    key, keys = torch.tensor([3]), torch.arange(4)
+    pull = torch.autograd.grad(F.mse_loss(fake, target), fake)[0].flatten(1).norm(dim=1)
+    push = torch.autograd.grad(disc.adversarial_loss(fake, target, key, keys), fake)[0]
+    torch.testing.assert_close(push.flatten(1).norm(dim=1), pull, rtol=1e-4, atol=1e-9)
+    plain = torch.autograd.grad(-disc.scores(fake, key, keys).mean(), fake)[0]
+    torch.testing.assert_close(*(F.normalize(x[1:].flatten(1)) for x in (push, plain)), rtol=1e-4, atol=1e-6)
+    alone = torch.autograd.grad(disc.adversarial_loss(fake[2:3], target[2:3], key, keys[2:3]), fake)[0][2]
+    torch.testing.assert_close(push[2], alone / 4, rtol=1e-3, atol=1e-8)
+
+
+def test_the_papers_adversarial_loss_is_minus_the_mean_score(disc):
+    x, key, keys = images(2), torch.tensor([3]), torch.arange(2)
+    disc.eval()
+    assert torch.equal(disc.adversarial_loss(x, -x, key, keys), -disc.scores(x, key, keys).mean())
+
+
+def test_the_discriminators_have_their_own_momentum(disc):
+    for module, betas in ((df.PatchDiscriminator(16), (0.5, 0.95)), (disc, (0.9, 0.95))):
+        adamw = df.Optimizers(module, "adamw", 1e-3, betas=module.BETAS).parts["adamw"]
+        assert [group["betas"] for group in adamw.param_groups] == [betas, betas]
+
+
 @pytest.mark.parametrize("size", [4, 8, 16, 32, 256])
 def test_the_discriminator_sees_images_of_any_size(disc, size):
     images = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1).requires_grad_()
-    scores = disc.scores(images, torch.tensor([3]))
+    scores = disc.scores(images, torch.tensor([3]), torch.arange(2))
     scores.sum().backward()
     assert scores.shape == (2, 980) and scores.isfinite().all()
     assert images.grad.isfinite().all() and images.grad.any()
@@ -1734,7 +1765,7 @@ def test_losses_never_wait_for_the_gpu(disc, lpips):
     """A number fetched from the device in a training step: on the meta device there is none to fetch."""
     key, images = torch.zeros(1, dtype=torch.long, device="meta"), torch.empty(2, 3, 256, 256, device="meta")
     for weak in (True, False):
-        assert df.diff_augment(images, key, weak).shape == images.shape
+        assert df.diff_augment(images, key, key.expand(2), weak).shape == images.shape
     on_meta = df.DinoDiscriminator(copy.deepcopy(disc.dino[0]).to("meta")).to("meta")
     assert on_meta.score(images, key).shape == (2, 980)
     small = images[:, :, :16, :16]
@@ -2362,13 +2393,13 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
         with gpu.autocast():
             assert tokenizer.to_latent(tokenizer.queries).dtype == dtype  # autocast is at work
             out = tokenizer(x, N, *df.draw_noise(config, keys, N))
-            scores = disc(df.degrade(x, config, 6), out.pixels[:4], key)
+            scores = disc(df.degrade(x, config, 6), out.pixels[:4], key, keys)
             logits = model(labels, codes, keys)
         tokenizer.quantizer.track(out.codes, gpu)
         tokenizer.quantizer.revive(out.latents, key, gpu)
         made = [out.pixels, out.vq_loss, *tokenizer.quantizer.usage(), disc.loss(scores, 0.2, gpu), logits]
         assert {tensor.dtype for tensor in made} == {torch.float32}  # losses are taken in float32
-        made.append(df.diff_augment(x, key, True))
+        made.append(df.diff_augment(x, key, keys, True))
         for module in (tokenizer, model):
             for p in module.parameters():
                 p.grad = torch.zeros_like(p)
@@ -2469,7 +2500,7 @@ def test_every_shape_in_a_comment_is_true(lpips, disc, folder, tmp_path):
         x = images(7, 40)
         df.alignment_loss(torch.ones(7, 24), tower, x)
         lpips(x, x.flip(0))
-        disc(x, x, keys[:1])
+        disc(x, x, keys[:1], keys)
         run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2)
         next(df.open_data(config, CPU, "train").in_order(range(7), 7))
         out = tokenizer(x, 6, *df.draw_noise(config, keys, 12))
@@ -2481,7 +2512,9 @@ def test_every_shape_in_a_comment_is_true(lpips, disc, folder, tmp_path):
         for slow in (False, True):
             df.generate(ar, torch.arange(7), guidance=1.5, top_p=0.9, top_k=5, slow=slow)
         ar.step(torch.randn(7, 3, config.ar_width), torch.arange(6, 9), [c.clone() for c in ar.new_cache(7)])
-        df.PatchDiscriminator(40)(x, x, keys[:1])
+        df.PatchDiscriminator(40)(x, x, keys[:1], keys)
+        df.PatchDiscriminator(40).adversarial_loss(-x.requires_grad_(), x, keys[:1], keys)
+        x = x.detach()
         df.repairs(tokenizer, df.to_uint8(x))
         df.tf_resize(x)
     finally:
