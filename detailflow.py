@@ -51,8 +51,8 @@ spoilt group, dropout and augmentation; all GPUs decode the same prefix in a ste
 For safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random
 start would linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced,
 unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
-Muon, restarts of dead codes, a larger initial scale of queries and a small discriminator, which pushes no image harder
-than its pixel loss pulls; the imagenet presets follow the authors in all of this.
+Muon, restarts of dead codes, a larger initial scale of queries and a small discriminator, whose push on an image keeps
+to disc_weight times the pixel loss's; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -708,8 +708,8 @@ def diff_augment(images, key, keys, weak):
     return torch.where(use[2], images * ~hole, images)
 
 class Discriminator(nn.Module):
-    """Real or decoded? What both discriminators share; each adds its own score(images, key). It sees images augmented,
-    or it would learn the training set by heart, and the decoder would answer with a grid of its patches."""
+    """Real or decoded? What both discriminators share; each adds its own score(images, key). They see images
+    augmented: unaugmented, the small one was soon evaded by a faint grid over all images."""
     LECAM, DECAY = 0.001, 0.999
     RATE, BETAS = None, (0.9, 0.95)                     # of its AdamW; a rate of None: the tokenizer's
     consistency = 0.0           # weight of the loss on score changes under strong augmentation
@@ -744,7 +744,7 @@ class Discriminator(nn.Module):
 
 class PatchDiscriminator(Discriminator):
     """For the small presets: a convolutional network that scores patches of 26 x 26 pixels."""
-    RATE, BETAS = 1e-3, (0.5, 0.95)     # slower or with a momentum of 0.9 it never learns: the decoder evades it
+    RATE, BETAS = 1e-3, (0.5, 0.95)     # slower, or with a momentum of 0.9, it stayed at chance: the decoder evades it
 
     def __init__(self, image_size, width=64):
         super().__init__()
@@ -762,8 +762,8 @@ class PatchDiscriminator(Discriminator):
         return self.net(images)
 
     def adversarial_loss(self, fake, target, key, keys):
-        """Scaled, image by image, to a gradient at the pixels as long as the pixel loss's. So at disc_weight w it moves
-        a pixel by about w times its error; a fixed scale drowned the pixel loss, where LPIPS is not there to resist."""
+        """Scaled, image by image, to a gradient at the pixels as long as the pixel loss's: a fixed scale drowned that,
+        where LPIPS is not there to resist."""
         loss = -self.scores(fake, key, keys).flatten(1).mean(1)                                 # (B,)
         push, = torch.autograd.grad(loss.sum(), fake, retain_graph=True)                        # (B, 3, S, S)
         pull = 2 * (fake - target).detach() / fake[0].numel()
