@@ -762,13 +762,14 @@ class PatchDiscriminator(Discriminator):
         return self.net(images)
 
     def adversarial_loss(self, fake, target, key, keys):
-        """Scaled, image by image, to a gradient at the pixels as long as the pixel loss's: a fixed scale drowned that,
-        where LPIPS is not there to resist."""
-        loss = -self.scores(fake, key, keys).flatten(1).mean(1)                                 # (B,)
-        push, = torch.autograd.grad(loss.sum(), fake, retain_graph=True)                        # (B, 3, S, S)
-        pull = 2 * (fake - target).detach() / fake[0].numel()
-        pull, push = (gradient.flatten(1).norm(dim=1) for gradient in (pull, push))             # (B,) each
-        return (loss * pull / push.clamp(min=1e-12)).mean()
+        """Minus the mean score; its gradient at the pixels is scaled, image by image, to the length of the pixel
+        loss's: a fixed scale drowned that, where LPIPS is not there to resist."""
+        loss = -self.scores(fake, key, keys).mean()
+        push, = torch.autograd.grad(loss, fake)                                                 # (B, 3, S, S)
+        pull = 2 * (fake - target).detach() / fake.numel()                                      # (B, 3, S, S)
+        pulled, pushed = (gradient.flatten(1).norm(dim=1) for gradient in (pull, push))         # (B,) each
+        given = push * (pulled / pushed.clamp(min=1e-12))[:, None, None, None]                  # (B, 3, S, S)
+        return loss.detach() + (given * (fake - fake.detach())).sum()       # value loss, gradient given
 
 # == 9. AR transformer: the first group token by token, every later group in one pass (paper, Section 3.3) =============
 
@@ -2051,7 +2052,7 @@ def train_tokenizer(config, machine):
 
         # The discriminator: tell targets from decoded images.
         if adversarial:
-            disc.zero_grad()                                # the tokenizer's step has left gradients in it
+            disc.zero_grad()                                # the tokenizer's step may have left gradients in it
             for _, image_keys, target, pixels in results:
                 with machine.autocast():
                     scores = distributed_disc(target, pixels, fold(disc_key, 1), image_keys)
