@@ -1781,6 +1781,10 @@ def test_shapes_are_always_the_same_balanced_and_different_from_each_other():
     assert train[0][0].shape == (3, 16, 16) and train[0][0].dtype == torch.uint8
     assert not torch.equal(df.Shapes("val", 16)[0][0], train[0][0])
     assert len(train.draw(torch.arange(200)).flatten(1).unique(dim=0)) == 200
+    colours = train.draw(torch.arange(10)).float().mean((2, 3))  # drawn otherwise, README's figures would change
+    known = [73, 124, 89, 142, 87, 150, 129, 84, 82, 103, 160, 107, 81, 105, 66]
+    known += [146, 88, 101, 127, 183, 109, 176, 113, 192, 84, 58, 58, 72, 77, 56]
+    assert (colours - torch.tensor(known).view(10, 3)).abs().max() < 1
 
 
 def test_eight_bit_rounding_is_exact_both_ways():
@@ -1822,6 +1826,15 @@ def test_folders_of_all_kinds_of_images_are_read(tmp_path, split):
     assert train.classes == ["cat", "dog"] and (len(train), len(val)) == ((24, 24) if split else (23, 1))
     step, x, _ = next(df.training_batches(config, CPU, df.open_data(config, CPU, "train", share=0.8), 5, 6))
     assert step == 5 and x.shape == (8, 3, 16, 16) and -1 <= x.min() < x.max() <= 1
+
+
+def test_every_twentieth_image_of_a_folder_without_splits_is_for_validation(tmp_path):
+    files = [tmp_path / name / f"{i:02d}.png" for name in ("cat", "dog") for i in range(20)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    train, val = ([path for path, _ in df.Folder(tmp_path, split, 16).samples] for split in ("train", "val"))
+    assert val == [str(files[19]), str(files[39])] and train == [str(f) for f in files if str(f) not in val]
 
 
 def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path):
