@@ -1673,6 +1673,12 @@ def test_the_discriminator_crops_large_images_half_of_the_time_and_resizes_the_r
                 assert torch.allclose(got, x[:, :, top : top + 224, left : left + 224], atol=1e-5)
                 crops.add((top, left))
         assert 8 <= len(crops) <= 22 and min(crops)[0] < 8 and max(crops)[0] > 24
+        places, four = set(), list(itertools.product((0, 1), (0, 1)))  # of 225 pixels: all that there are
+        for seed in range(40):
+            disc.score(large[:, :, :225, :225], torch.tensor([seed]))
+            got = shown.pop()
+            places |= {(i, j) for i, j in four if torch.allclose(got, x[:, :, i : i + 224, j : j + 224], atol=1e-5)}
+        assert len(places) == 4
         small = F.interpolate(large, (64, 64), mode="area")
         disc.score(small, torch.tensor([0]))
     disc.dino[0].forward = forward
