@@ -1654,7 +1654,7 @@ def test_the_discriminator_crops_large_images_half_of_the_time_and_resizes_the_r
     shown, forward = [], disc.dino[0].forward
     disc.dino[0].forward = lambda images: (
         shown.append(images),
-        [images[:, :, 0, :196].repeat(1, 128, 1)] * 5,
+        [images[:, :, 0, :16].repeat(1, 128, 1)] * 5,
     )[1]
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     torch.manual_seed(0)
