@@ -1852,6 +1852,30 @@ def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path):
     assert all(torch.equal(a[1], b[1]) for a, b in zip(whole[3:], rest, strict=True))
 
 
+def test_cifar10_is_read_from_its_own_files_and_refused_where_it_can_not_be_had(tmp_path, monkeypatch):
+    class Cifar(torchvision.datasets.CIFAR10):
+        url, meta = "http://127.0.0.1:9/cifar.tar.gz", torchvision.datasets.CIFAR10.meta | {"md5": None}
+        train_list, test_list = [(f"data_batch_{i}", None) for i in range(1, 6)], [("test_batch", None)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
+    monkeypatch.setattr(df, "CACHE", tmp_path)
+    config = df.Config(data="cifar10")
+    with pytest.raises(df.Refused, match=f"CIFAR-10 .*downloaded .*URLError.*unpack {Cifar.url} in {tmp_path}, or"):
+        df.open_data(config, CPU, "train")
+    folder = tmp_path / Cifar.base_folder
+    folder.mkdir()
+    names, rows = ["cat", "dog"], np.random.default_rng(0).integers(0, 256, (12, 3072), dtype=np.uint8)
+    labels = (rows[:, 0] % 2).tolist()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    for i, (name, _) in enumerate(Cifar.train_list + Cifar.test_list):
+        two = slice(2 * i, 2 * i + 2)
+        (folder / name).write_bytes(pickle.dumps({"data": rows[two], "labels": labels[two]}))
+    for split, part in (("train", slice(10)), ("val", slice(10, 12))):
+        data = df.open_data(config, CPU, split)
+        assert data.classes == names and data.labels.tolist() == labels[part]
+        assert torch.equal(data.pixels, torch.from_numpy(rows[part]).view(-1, 3, 32, 32))  # red, green, blue
+
+
 def test_centre_crop_is_adms():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (150, 101, 3), dtype=np.uint8))
