@@ -2300,13 +2300,14 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     def drawn(rows, batch):
         return ((part, torch.tensor(file["image"][part]).permute(0, 3, 1, 2)) for part in chunks(rows, batch))
 
-    truth, copies = measured(len(val), val.in_order), measured(len(val), val.in_order, rebuild)
     if config.reference:
         with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
-            reference, whose = (stored["mu"], stored["sigma"]), config.reference
+            reference, whose = [torch.from_numpy(stored[name]) for name in ("mu", "sigma")], config.reference
+            check(reference[0], "mu", (2048,)), check(reference[1], "sigma", (2048, 2048))
     else:
         train = open_data(config, machine, "train")
         reference, whose = measured(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"
+    truth, copies = measured(len(val), val.in_order), measured(len(val), val.in_order, rebuild)
     settings, models = sampling_settings(config), [short_hash(tokenizer), short_hash(model)]
     made_of = short_hash(models, settings, config.seed, config.eval_samples, str(machine.dtype))
     file = draw_images(Path(config.out) / f"samples-{made_of}.npy", config, machine, tokenizer, model,

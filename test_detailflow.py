@@ -261,6 +261,14 @@ def test_resolution_mapping_by_hand():
     assert df.best_prefix(config) == {4: 2, 8: 3, 12: 4, 16: 5}
 
 
+def test_the_table_prints_the_mapping(capsys):
+    assert df.main(["--table", "--preset", "imagenet-16"]) == 0
+    rows = [[int(number) for number in line.split()] for line in capsys.readouterr().out.splitlines()[1:]]
+    config = df.Config(**df.PRESETS["imagenet-16"])
+    assert rows == [[n, df.resolution(config, n), df.decoder_size(config, n)] for n in df.prefix_lengths(config)]
+    assert rows[0][0] == 1 and rows[-1] == [128, 256, 256]
+
+
 def drawn(text, row):
     """What stands in a row of a drawing in a docstring or comment."""
     return re.search(rf"^[ #]*{row} (.*)$", text, re.M)[1]
@@ -1757,6 +1765,55 @@ def test_every_download_has_a_source_and_a_hash_or_none():
         assert named is None or sha256.startswith(named[1])
 
 
+def siglip_stand_in(path, width=48, depth=27, hidden=80, grid=4, patch=4):
+    """A SigLIP 2 tower of all its layers, but narrow, by the published names."""
+    shapes = {"embeddings.patch_embedding": (width, 3 * patch**2), "post_layernorm": (width,)}
+    for i in range(depth):
+        stem = f"encoder.layers.{i}."
+        shapes |= {f"{stem}self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
+        shapes |= {f"{stem}mlp.fc1": (hidden, width), f"{stem}mlp.fc2": (width, hidden)}
+        shapes |= {f"{stem}layer_norm1": (width,), f"{stem}layer_norm2": (width,)}
+    tensors = {"embeddings.position_embedding.weight": torch.randn(grid**2, width)}
+    for name, shape in shapes.items():
+        tensors[f"{name}.weight"] = torch.randn(shape) * width**-0.5 if len(shape) > 1 else torch.ones(shape)
+        tensors[f"{name}.bias"] = torch.zeros(shape[0])
+    write_safetensors(path, {f"vision_model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def test_the_papers_training_adds_up_all_its_losses(nets, tmp_path, monkeypatch):
+    """LPIPS, alignment, DINO and the encoder's start together, as the imagenet presets train, on small networks."""
+    weights = tmp_path / "weights"
+    shutil.copytree(nets, weights, copy_function=os.link)
+    siglip_stand_in(weights / df.SIGLIP)
+    settings = {"weights": weights, "perceptual_weight": 0.5, "align_weight": 2.0, "align_width": 20, "disc": "dino"}
+    settings |= {"teacher_width": 48, "enc_init": "siglip2", "enc_width": 48, "enc_heads": 16, "enc_mlp": 80}
+    settings |= {"enc_grid": 4, "disc_weight": 0.2, "disc_start": 2, "optimizer": "adamw", "tok_batch": 1}
+    distances, cosines, scores, totals, starts = [], [], [], [], []
+
+    def spy(holder, name, seen):
+        real = getattr(holder, name)
+        monkeypatch.setattr(holder, name, lambda *args: seen.append((args, real(*args))) or seen[-1][1])
+
+    spy(df.LPIPS, "forward", distances)
+    spy(df, "alignment_loss", cosines)
+    spy(df.Discriminator, "adversarial_loss", scores)
+    spy(df, "backward", totals)
+    monkeypatch.setattr(df, "resume", lambda *args: starts.append(copy.deepcopy(args[-1]["model"].encoder)) or 0)
+    run(tmp_path / "out", "--stage", "tokenizer", tok_steps=2, log_every=1, **settings)
+    one, two = (r for r in map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines()) if "pixel_loss" in r)
+    for step, (record, (total, *_)) in enumerate(zip((one, two), (totals[0][0], totals[1][0]), strict=True)):
+        parts = [value for name, value in record.items() if name.endswith("_loss") and name != "disc_loss"]
+        assert total.item() == pytest.approx(sum(parts), rel=1e-5) and len(parts) == 4 + step
+        assert record["perceptual_loss"] == pytest.approx(0.5 * (step + 1) / 10000 * distances[step][1].mean().item())
+        assert record["align_loss"] == pytest.approx(2 * cosines[step][1].item()) and record["skipped"] == 0
+    assert two["adv_loss"] == pytest.approx(0.2 * scores[0][1].item()) and len(scores) == 1
+    (_, made, target, keys), _ = distances[1]
+    assert len(made) == 2 * len(target) == len(keys) == 2  # clean and corrected; dropout on
+    tower = df.siglip_tower(weights / df.SIGLIP, 2).state_dict()
+    assert all(torch.equal(tensor, tower[name]) for name, tensor in starts[0].state_dict().items())
+    assert not any(p.requires_grad for p in cosines[0][0][1].parameters()) and len(cosines[0][0][1].blocks) == 27
+
+
 def test_all_networks_of_the_losses_go_to_the_device(nets):
     """A frozen network that is no part of its module, left behind on the CPU."""
     config = df.Config(**TINY | {"weights": str(nets), "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2})
@@ -1882,6 +1939,18 @@ def test_centre_crop_is_adms():
     half = image.resize((50, 75), Image.BOX)  # 101 >= 2 * 32: halved once; then 32 / 50
     small = np.array(half.resize((32, 48), Image.BICUBIC))
     assert np.array_equal(np.array(df.crop(image, 32)), small[8:40])
+
+
+def test_codes_are_those_of_an_image_and_its_mirror_and_older_files_go(config, tokenizer, tmp_path):
+    config, images = df.replace(config, out=str(tmp_path), correction=False), df.open_data(config, CPU, "val")
+    tokenizer.config.correction = False
+    for name in ("codes-0.npy", "codes-1.part"):
+        (tmp_path / name).touch()
+    records = df.extract_codes(config, CPU, tokenizer, images)
+    assert len(list(tmp_path.iterdir())) == 1 and np.array_equal(records["label"], images.labels)
+    x = df.to_float(images.pixels)
+    wanted = torch.stack([tokenizer.encode(x), tokenizer.encode(x.flip(3))], dim=1)[:, :, None].expand(-1, -1, 3, -1)
+    assert np.array_equal(records["codes"], wanted)  # clean, shown and targets: all the same without self-correction
 
 
 def test_two_ranks_see_the_batch_of_one_process(config):
@@ -2245,6 +2314,26 @@ def test_fid_is_measured_with_its_protocol_and_never_without_weights(
     assert fid["protocol"]["weights"] == ["ema", "ema"]
 
 
+def test_published_statistics_are_the_reference_that_fid_is_told_to_take(trained, tmp_path, monkeypatch, capsys):
+    mine, measured, compared = (torch.zeros(2048), torch.eye(2048), 1.0), [], []
+    monkeypatch.setattr(df, "InceptionV3", lambda path: nn.Identity())
+    monkeypatch.setattr(df, "moments", lambda *args: measured.append(args) or mine)
+    monkeypatch.setattr(df, "frechet_distance", lambda *args: compared.append(args) or 7.0)
+    path = tmp_path / "reference.npz"
+    np.savez(path, mu=np.ones(2048), sigma=2 * np.eye(2048))
+    run(trained, "--stage", "eval", inception=path, reference=path, eval_samples=4)
+    fid = json.loads((trained / "results.json").read_text())["fid"]
+    assert fid["generation_fid"] == 7 and fid["protocol"]["generation_reference"] == str(path)
+    assert len(measured) == 3 and all(map(torch.equal, compared[1][:2], mine))
+    assert compared[1][2].tolist() == [1] * 2048 and compared[1][3].trace() == 4096
+    for bad in ({"mu": np.ones(2048)}, {"mu": np.ones(2), "sigma": np.eye(2)}):
+        np.savez(path, **bad)
+        capsys.readouterr()
+        run(trained, "--stage", "eval", inception=path, reference=path, expect=2)
+        assert "reference.npz is no npz with mu and sigma" in one_error(capsys.readouterr().err)
+    assert len(measured) == 3  # refused before the work, not after it
+
+
 # == sample.py ==
 
 
@@ -2308,6 +2397,17 @@ def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
         assert sample.main(["--run", str(trained), "--out", str(tmp_path), *argv]) == 2
         error = capsys.readouterr().err
         assert word in error and error.count("\n") == 1
+
+
+def test_a_benchmark_that_does_not_fit_says_so_and_goes_on(capsys):
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    bench = df.Bench.__new__(df.Bench)
+    bench.machine, bench.gpu = CPU, False
+    assert bench.run("sample: codes", 4096, too_large, 0) is False
+    line = json.loads(capsys.readouterr().out)
+    assert line["batch"] == 4096 and "does not fit" in line["failed"]
 
 
 def test_benchmark_prints_a_json_line_for_each_part(tmp_path, capsys):
@@ -2375,6 +2475,23 @@ def test_gpu_agrees_with_cpu(gpu, config, tokenizer, ar):
     graphs = [df.generate(ar, labels, guidance=2.0, seeds=range(i, i + 4)) for i in (0, 4)]
     assert all((a == b).float().mean() > 0.9 for a, b in zip(eager, graphs, strict=True))  # near ties may differ
     torch.testing.assert_close(tokenizer.decode(eager[0]), pixels, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
+def test_compiled_training_has_no_graph_breaks_and_ends_with_the_same_bits(trained, tmp_path, monkeypatch):
+    """What Dynamo makes of the layers and of dropout, run as it stands: Inductor would round differently."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # to be put back
+        run(tmp_path, "--compile", disc_weight=0.2, disc_start=3)
+    torch.compiler.reset()
+    assert 3 <= len(graphs) <= 8  # variants of a layer, not one for each layer, length or step
+    same_weights(trained, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own doings
