@@ -1841,7 +1841,7 @@ def test_losses_never_wait_for_the_gpu(disc, lpips):
 def test_shapes_are_always_the_same_balanced_and_different_from_each_other():
     train = df.Shapes("train", 16)
     assert torch.equal(train[123][0], train.draw(torch.arange(120, 130))[3]) and train[123][1] == 3
-    assert train[0][0].shape == (3, 16, 16) and train[0][0].dtype == torch.uint8
+    assert train[0][0].shape == (3, 16, 16) and train[0][0].dtype == torch.uint8 and len(train) == df.SHAPES["train"]
     assert not torch.equal(df.Shapes("val", 16)[0][0], train[0][0])
     assert len(train.draw(torch.arange(200)).flatten(1).unique(dim=0)) == 200
     colours = train.draw(torch.arange(10)).float().mean((2, 3))  # drawn otherwise, README's figures would change
