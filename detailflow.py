@@ -303,7 +303,7 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "patch_size": 4, "num_tokens": 128, "group_size": 8, "codebook_size": 4096, "enc_width": 384,
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
-        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.5,
+        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
         "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
         "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
         "inception": "auto"},
