@@ -88,7 +88,7 @@ def draw(args, tokenizer, model, machine, names, out):
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     batches = df.draw_batches(config, machine, tokenizer, model, labels, range(count), args.tokens)
     _, codes, images = zip(*batches, strict=True)
-    order, columns = labels.argsort(stable=True), max(1, count // len(classes))
+    order, columns = turn.argsort(stable=True), max(1, count // len(classes))
     grid = df.to_float(torch.cat(images))[order][:count // columns * columns].unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
     passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))

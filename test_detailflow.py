@@ -2338,13 +2338,14 @@ def test_published_statistics_are_the_reference_that_fid_is_told_to_take(trained
 # == sample.py ==
 
 
-def test_sample_draws_grids_strips_npz_and_rebuilds_a_picture(trained, tmp_path):
+def test_sample_draws_grids_strips_npz_and_rebuilds_a_picture(trained, tmp_path, capsys):
     assert (
         sample.main(
-            ["--run", str(trained), "--out", str(tmp_path), "--classes", "ring", "3", "--num", "6", "--guidance", "2"]
+            ["--run", str(trained), "--out", str(tmp_path), "--classes", "3", "ring", "--num", "6", "--guidance", "2"]
         )
         == 0
     )
+    assert "each batch: frame, ring\n" in capsys.readouterr().out  # rows in the order asked for
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (3 * 66 + 2, 2 * 66 + 2)
     assert (tmp_path / "coarse_to_fine.png").exists()
