@@ -2301,19 +2301,19 @@ def test_fid_is_measured_with_its_protocol_and_never_without_weights(
     assert "FID: not measured: http://127.0.0.1:9/inception.pth can't be downloaded" in capsys.readouterr().out
     assert "fid" not in json.loads((trained / "results.json").read_text())
     val = df.open_data(df.Config(**TINY), CPU, "val")
-    val.pixels, val.labels = val.pixels[:6], val.labels[:6]
+    val.pixels, val.labels = val.pixels[:4], val.labels[:4]
     monkeypatch.setattr(df, "open_data", lambda *args, **kwargs: val)
     distance, k = df.frechet_distance, slice(None, None, 32)  # roots of 2048 x 2048 take seconds
     few = lambda mu1, sigma1, mu2, sigma2: distance(mu1[k], sigma1[k, k], mu2[k], sigma2[k, k])  # noqa: E731
     monkeypatch.setattr(df, "frechet_distance", few)
-    run(trained, "--stage", "eval", inception=inception_file, eval_samples=6, eval_batch=3)
+    run(trained, "--stage", "eval", inception=inception_file, eval_samples=4, eval_batch=2)
     assert "is not comparable" in capsys.readouterr().out
     fid = json.loads((trained / "results.json").read_text())["fid"]
     assert (
         fid["generation_fid"] > 0
         and fid["protocol"]["inception_sha256"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()
     )
-    assert fid["protocol"]["samples"] == 6 and fid["protocol"]["guidance"] == 2.0
+    assert fid["protocol"]["samples"] == 4 and fid["protocol"]["guidance"] == 2.0
     assert fid["protocol"]["weights"] == ["ema", "ema"]
 
 
