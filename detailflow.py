@@ -720,6 +720,7 @@ class Discriminator(nn.Module):
 
     def scores(self, images, key, keys, weak=True):
         """Scores in float32 of images (B, 3, S, S); key (1,) is the batch's, keys (B,) are the images'."""
+        keys = fold(keys, 5)                                # (LPIPS's dropout has 0 to 4)
         return self.score(diff_augment(images, fold(key, 0), keys, weak), fold(key, 1)).float()
 
     def adversarial_loss(self, fake, target, key, keys):
@@ -2303,7 +2304,8 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     if config.reference:
         with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
             reference, whose = [torch.from_numpy(stored[name]) for name in ("mu", "sigma")], config.reference
-            check(reference[0], "mu", (2048,)), check(reference[1], "sigma", (2048, 2048))
+            for part, name, shape in zip(reference, ("mu", "sigma"), ((2048,), (2048, 2048)), strict=True):
+                check(part, name, shape)
     else:
         train = open_data(config, machine, "train")
         reference, whose = measured(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"

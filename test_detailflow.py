@@ -1730,6 +1730,26 @@ def test_the_small_discriminator_pushes_each_image_as_hard_as_its_error_pulls(si
     torch.testing.assert_close(push[2], alone / 4, rtol=1e-3, atol=1e-8)
 
 
+def test_the_small_discriminators_patches_have_26_pixels_a_side():
+    x = torch.rand(1, 3, 64, 64).requires_grad_()
+    df.PatchDiscriminator(64).score(x, None)[0, 0, 8, 8].backward()
+    seen = x.grad[0].abs().sum(0).nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [26, 26]
+
+
+def test_augmentation_and_dropout_share_no_random_numbers(monkeypatch):
+    asked, uniform = [], df.uniform
+    monkeypatch.setattr(df, "uniform", lambda keys, count: asked.append(keys) or uniform(keys, count))
+    x, keys = torch.ones(2, 3, 16, 16), torch.arange(2)
+    disc = df.PatchDiscriminator(16)
+    disc.consistency = 1.0
+    disc(x, x, keys[:1] + 99, keys)
+    disc.adversarial_loss(x.clone().requires_grad_(), x, keys[:1] + 98, keys)
+    for site in range(5):
+        df.dropout(x, 0.5, keys, site)
+    assert len(asked) == 15 and len(torch.cat(asked).unique()) == 5 * 3 + 5 * 2
+
+
 def test_the_papers_adversarial_loss_is_minus_the_mean_score(disc):
     x, key, keys = images(2), torch.tensor([3]), torch.arange(2)
     disc.eval()
@@ -2403,7 +2423,7 @@ def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
         assert word in error and error.count("\n") == 1
 
 
-def test_a_benchmark_that_does_not_fit_says_so_and_goes_on(capsys):
+def test_a_benchmark_that_does_not_fit_says_so(capsys):
     def too_large():
         raise torch.OutOfMemoryError
 
