@@ -51,8 +51,9 @@ spoilt group, dropout and augmentation; all GPUs decode the same prefix in a ste
 For safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random
 start would linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced,
 unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
-Muon, restarts of dead codes, a larger initial scale of queries and a small discriminator, whose push on an image keeps
-to disc_weight times the pixel loss's; the imagenet presets follow the authors in all of this.
+Muon, restarts of dead codes, a larger initial scale of queries, (cifar10) a transformer that starts with the codebook's
+geometry, and a small discriminator, whose push on an image keeps to disc_weight times the pixel loss's; the imagenet
+presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -246,6 +247,7 @@ class Config:
     ar_ema: float = setting("AR training", 0.99, "decay of the EMA of weights; 0: none", high=0.99999)
     ar_weight_decay: float = setting("AR training", 0.05, "weight decay of matrices and embeddings")
     correction_share: float = setting("AR training", 0.3, "share of self-corrected sequences", high=1)
+    codebook_start: bool = setting("AR training", False, "codes' embeddings and logits start from the codebook")
     guidance: float = setting("sampling", 2.0, "classifier-free guidance scale; 1: none, half the work")
     schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
     temperature: float = setting("sampling", 1.0, "sampling temperature; 0: greedy")
@@ -305,8 +307,8 @@ PRESETS = {
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
         "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
         "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
-        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "compile": True, "save_every": 1000, "eval_samples": 50000,
-        "inception": "auto"},
+        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "compile": True, "save_every": 1000,
+        "eval_samples": 50000, "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
@@ -846,6 +848,15 @@ class ARTransformer(nn.Module):
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         mask = group_causal_mask(config.num_tokens, config.causal_num, config.group_size)
         self.register_buffer("mask", mask, persistent=False)
+
+    @torch.no_grad()
+    def start_from(self, codebook):
+        """Before training: each code's embedding and its row of the head become two random maps of its unit vector in
+        codebook (V, C). So codes that look alike start alike, which otherwise is learned code by code, each being rare.
+        """
+        D = self.code_embed.embedding_dim
+        for table, std in ((self.code_embed, 1.0), (self.output, D**-0.5)):                 # (logits of std 1)
+            table.weight.copy_(std * codebook @ torch.randn(codebook.shape[1], D).to(codebook.device))
 
     def embed(self, labels, codes):
         """The inputs drawn above, up to k codes given: labels (B,), codes (B, k) -> (B, T, D); specials if k >= c."""
@@ -2142,6 +2153,8 @@ def train_ar(config, machine):
     about = {"classes": images.classes, "images": len(images), "tokenizer": short_hash(tokenizer)}
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
+    if config.codebook_start:
+        model.start_from(tokenizer.quantizer.lookup(torch.arange(config.codebook_size)))
     ema = copy.deepcopy(model).requires_grad_(False) if config.ar_ema else None
     optimizers = Optimizers(model, config.optimizer, config.ar_lr, config.ar_weight_decay)
     parts = {"model": model, "ema": ema, **optimizers.parts}

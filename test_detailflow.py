@@ -557,6 +557,23 @@ def test_first_loss_is_that_of_a_blind_guess(config):
     )
 
 
+def projected(table, book):
+    """The map (C, D) that makes a table (V, D) of codes' vectors (V, C); no map does unless it is linear in them."""
+    made_by = torch.linalg.lstsq(book, table).solution
+    torch.testing.assert_close(book @ made_by, table, atol=1e-4, rtol=0)
+    return made_by
+
+
+def test_codes_that_look_alike_start_alike(config, tokenizer):
+    """Both tables are linear in the vectors, by independent maps; embeddings have std 1, logits too."""
+    model, book = df.ARTransformer(config), tokenizer.quantizer.lookup(torch.arange(40))
+    model.start_from(book)
+    embed, head = projected(model.code_embed.weight, book), projected(model.output.weight, book)
+    assert embed.std().item() == pytest.approx(1, rel=0.15) and head.std().item() == pytest.approx(32**-0.5, rel=0.15)
+    assert abs(torch.corrcoef(torch.stack([embed.flatten(), head.flatten()]))[0, 1]) < 0.3
+    assert model(torch.arange(10), torch.randint(40, (10, 12))).std().item() == pytest.approx(1, rel=0.3)
+
+
 def test_dropout_needs_keys_has_the_rate_and_the_scale(ar):
     x, keys = torch.ones(64, 30, 20), torch.arange(64)
     y = df.dropout(x, 0.25, keys, 3)
@@ -2124,6 +2141,16 @@ def test_broken_checkpoints_are_named(trained, tmp_path):
             df.load_model(path, "tokenizer")
     with pytest.raises(df.Refused, match="must be a checkpoint of the ar stage"):
         df.load_model(trained / "tokenizer.pt", "ar")
+
+
+def test_training_starts_from_the_codebook_where_asked_for(trained, tmp_path):
+    shutil.copy(trained / "tokenizer.pt", tmp_path)
+    run(tmp_path, "--stage", "ar", "--codebook-start", ar_steps=1)  # a first step that changes 5e-6 at most
+    made, book = weights(tmp_path / "ar.pt"), weights(tmp_path / "tokenizer.pt")["ema.quantizer.codebook"]
+    for name in ("model.code_embed.weight", "model.output.weight", "ema.code_embed.weight"):
+        projected(made[name], F.normalize(book, dim=-1))
+    run(tmp_path, "--stage", "ar", ar_steps=1, expect=2)  # without it: another training
+    assert df.PRESETS["cifar10"]["codebook_start"] and not df.Config(**df.PRESETS["imagenet-16"]).codebook_start
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
