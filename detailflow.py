@@ -734,16 +734,17 @@ class Discriminator(nn.Module):
         views = [(real, 0, True), (fake, 1, True), (real, 2, False), (fake, 3, False)]
         return [self.scores(x, fold(key, i), fold(keys, i), weak) for x, i, weak in views if weak or self.consistency]
 
-    def loss(self, scores, weight, machine):
+    def loss(self, scores, weight, machine, share=1.0):
         """Hinge, plus LeCam, which keeps real scores from running far above the mean fake one, and vice versa. As in
-        the authors' code, disc_weight scales both, and the decoder's loss, but not the consistency."""
+        the authors' code, disc_weight scales both, and the decoder's loss, but not the consistency. share: of a step's
+        batch."""
         real, fake, *strong = scores
         means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
-        self.anchors.lerp_(torch.where(means.isfinite(), means, self.anchors), 1 - self.DECAY)
+        self.anchors.lerp_(torch.where(means.isfinite(), means, self.anchors), share * (1 - self.DECAY))
         hinge = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         lecam = F.relu(real - self.anchors[1]).square().mean() + F.relu(self.anchors[0] - fake).square().mean()
         same = F.mse_loss(torch.cat([real, fake]), torch.cat(strong)) if strong else 0
-        return weight * (hinge + self.LECAM * lecam) + self.consistency * same
+        return share * (weight * (hinge + self.LECAM * lecam) + self.consistency * same)
 
 class PatchDiscriminator(Discriminator):
     """For the small presets: a convolutional network that scores patches of 26 x 26 pixels."""
@@ -1665,7 +1666,8 @@ def wrap(module, config, machine):
     if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     with warnings.catch_warnings(action="ignore"):          # of an argument whose successor torch 2.11 does not know
-        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)    # all are alike
+        return DistributedDataParallel(module, broadcast_buffers=False,     # (buffers are alike; a short prefix leaves
+                                       find_unused_parameters=isinstance(module, Tokenizer))    # queries unused)
 
 def short_hash(*things):
     """16 digits that tell one set of settings and modules' weights from another."""
@@ -1835,14 +1837,14 @@ class Progress:
         self.bar.update()
         self.count += 1
         taken = torch.stack([v for name, v in values.items() if name.endswith("norm")]).isfinite().all().float()
-        for name, value in (values | {"taken": taken}).items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().nan_to_num(0, 0, 0) * taken
+        for name, value in values.items():              # each with its own count: some begin late
+            pair = torch.stack([value.detach().nan_to_num(0, 0, 0), torch.ones_like(taken)]) * taken
+            self.sums[name] = self.sums.get(name, 0) + pair
         if done % self.config.log_every == 0 or done == self.steps:
-            sums = {name: self.machine.total(value).item() / self.machine.world for name, value in self.sums.items()}
-            taken = sums.pop("taken")
+            sums = {name: self.machine.total(pair).tolist() for name, pair in self.sums.items()}
             record = {"lr": lr, "images_per_s": self.count * self.batch / (time.time() - self.since),
-                      **{name: value / max(taken, 1) for name, value in sums.items()},
-                      "skipped": self.count - round(taken)}
+                      **{name: total / max(count, 1) for name, (total, count) in sums.items()},
+                      "skipped": self.count - round(sums["grad_norm"][1] / self.machine.world)}
             self.write(done, record, "  ".join(f"{k} {v:.4g}" for k, v in record.items()))
             self.sums, self.count, self.since = {}, 0, time.time()
         self.leaving = self.asked
@@ -2068,7 +2070,7 @@ def train_tokenizer(config, machine):
             for _, image_keys, target, pixels in results:
                 with machine.autocast():
                     scores = distributed_disc(target, pixels, fold(disc_key, 1), image_keys)
-                disc_loss = disc.loss(scores, config.disc_weight, machine) / config.grad_accum
+                disc_loss = disc.loss(scores, config.disc_weight, machine, 1 / config.grad_accum)
                 backward(disc_loss)
                 values["disc_loss"] = values.get("disc_loss", 0) + disc_loss.detach()
             values["disc_grad_norm"] = disc_optimizers.step(disc.RATE or lr)
@@ -2481,8 +2483,8 @@ def bench_sampling(bench, tokenizer, model, batches):
     """Tokens and pixels apart, for each batch size; a pass reads all weights but the table of codes."""
     machine, config = bench.machine, model.config
     passes = len(decoding_spans(config, config.num_tokens))
-    moved = passes * (weight_bytes(model) - weight_bytes(model.code_embed))
     prepare_sampling(tokenizer, model, machine, config.compile)
+    moved = passes * (weight_bytes(model) - weight_bytes(model.code_embed))
     for batch in batches:                               # up to the largest that fits
         torch.compiler.reset()                          # it gives up on a function that it has met in too many shapes
         draw = functools.partial(generate, model, torch.arange(batch) % config.num_classes, seeds=torch.arange(batch),
@@ -2512,7 +2514,8 @@ def benchmark(config, machine):
         return out.pixels.square().mean() + out.vq_loss
 
     def ar_loss():
-        return F.cross_entropy(run_model(codes[:, 0] % config.num_classes, codes, ar_keys).transpose(1, 2), codes)
+        logits = run_model(codes[:, 0] % config.num_classes, codes, ar_keys)
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     spoilt_loss = functools.partial(tokenizer_loss, *draw_noise(config, tok_keys, N))
     bench.train("tokenizer, with self-correction", images, tokenizer, config.optimizer, spoilt_loss)

@@ -41,7 +41,8 @@ def parse(argv):
     for name in SETTINGS:
         field = df.Config.__dataclass_fields__[name]
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + name.replace("_", "-"), help=field.metadata["help"] + " [as trained]", **kind)
+        default = "auto" if field.default == "auto" else "as trained"
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{field.metadata['help']} [{default}]", **kind)
     return parser.parse_args(argv)
 
 def class_numbers(wanted, names):

@@ -1731,6 +1731,14 @@ def test_the_discriminator_teaches_the_decoder_and_learns(disc):
     assert loss.item() == pytest.approx((0.2 * (hinge + 0.001 * lecam) + 4 * same).item(), rel=1e-5)
 
 
+def test_parts_of_a_batch_move_the_discriminators_means_as_the_whole_does():
+    whole, parts = df.PatchDiscriminator(16), df.PatchDiscriminator(16)
+    scores = [torch.tensor([3.0]), torch.tensor([-2.0])]
+    loss = whole.loss(scores, 0.2, CPU)
+    assert sum(parts.loss(scores, 0.2, CPU, 1 / 4) for _ in range(4)).item() == pytest.approx(loss.item(), rel=1e-2)
+    assert parts.anchors.tolist() == pytest.approx(whole.anchors.tolist(), rel=1e-3)
+
+
 @pytest.mark.parametrize("side", [4, 16])
 def test_the_small_discriminator_pushes_each_image_as_hard_as_its_error_pulls(side):
     """A scale of the whole batch, another length, or a gradient that also changes the length."""
@@ -2039,6 +2047,18 @@ def test_a_run_leaves_checkpoints_pictures_a_log_and_results(trained):
     assert results["ar"]["ln_V"] == pytest.approx(math.log(40), abs=1e-4) and "fid" not in results
     with Image.open(trained / "samples.png") as picture:
         assert picture.size == (8 * 66 + 2, 10 * 66 + 2)
+
+
+def test_the_log_has_means_of_the_steps_that_each_number_was_there(tmp_path):
+    """A loss that begins within the window; a step that was skipped, on which all numbers may be nonsense."""
+    progress = df.Progress(df.Config(**TINY, out=str(tmp_path), log_every=5), CPU, "tokenizer", 0, 5, 8)
+    for done, norm in enumerate([1.0, 3.0, math.nan, 5.0, 7.0], 1):
+        late = {"late": torch.tensor(float(done))} if done > 2 else {}
+        loss = math.nan if math.isnan(norm) else 2.0 * done
+        progress.step(done, 0.1, loss=torch.tensor(loss), grad_norm=torch.tensor(norm), **late)
+    progress.saved(5)
+    record = df.read_log(tmp_path / "log.jsonl")[-1]
+    assert (record["loss"], record["grad_norm"], record["late"], record["skipped"]) == (6, 4, 4.5, 1)
 
 
 def test_a_plot_draws_its_points_where_the_axes_say(tmp_path):
@@ -2459,6 +2479,15 @@ def test_a_benchmark_that_does_not_fit_says_so(capsys):
     assert bench.run("sample: codes", 4096, too_large, 0) is False
     line = json.loads(capsys.readouterr().out)
     assert line["batch"] == 4096 and "does not fit" in line["failed"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_benchmarks_floor_counts_the_bytes_of_the_weights_that_a_pass_reads(tokenizer, ar, dtype):
+    floors, machine = [], df.Machine(torch.device("cpu"), dtype)
+    read = dtype.itemsize * sum(p.numel() for name, p in ar.named_parameters() if name != "code_embed.weight")
+    bench = types.SimpleNamespace(machine=machine, run=lambda what, batch, work, moved, **more: floors.append(moved))
+    df.bench_sampling(bench, tokenizer, ar, [1])
+    assert floors == [len(df.decoding_spans(ar.config, 12)) * read]
 
 
 def test_benchmark_prints_a_json_line_for_each_part(tmp_path, capsys, monkeypatch):
