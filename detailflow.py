@@ -736,8 +736,8 @@ class Discriminator(nn.Module):
 
     def loss(self, scores, weight, machine, share=1.0):
         """Hinge, plus LeCam, which keeps real scores from running far above the mean fake one, and vice versa. As in
-        the authors' code, disc_weight scales both, and the decoder's loss, but not the consistency. share: of a step's
-        batch."""
+        the authors' code, disc_weight scales both, and the decoder's loss, but not the consistency.
+        scores: from forward(), of this `share` of the step's batch."""
         real, fake, *strong = scores
         means = machine.total(torch.stack([real.mean(), fake.mean()]).detach()) / machine.world
         self.anchors.lerp_(torch.where(means.isfinite(), means, self.anchors), share * (1 - self.DECAY))
@@ -852,9 +852,9 @@ class ARTransformer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebook):
-        """Before training: each code's embedding and its row of the head become two random maps of its unit vector in
-        codebook (V, C). So codes that look alike start alike, which otherwise is learned code by code, each being rare.
-        """
+        """Before training, unlike the authors: each code's embedding and its row of the head become two random linear
+        maps of its unit vector in codebook (V, C). So codes that look alike start alike. Otherwise that is learned code
+        by code, and each is rare."""
         D = self.code_embed.embedding_dim
         for table, std in ((self.code_embed, 1.0), (self.output, D**-0.5)):                 # (logits of std 1)
             table.weight.copy_(std * codebook @ torch.randn(codebook.shape[1], D).to(codebook.device))
@@ -1665,9 +1665,9 @@ def wrap(module, config, machine):
                 layer.dropout = torch.compile(layer.dropout, dynamic=True)
     if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
+    unused = isinstance(module, Tokenizer)                  # where nothing is corrected, retry_queries have no gradient
     with warnings.catch_warnings(action="ignore"):          # of an argument whose successor torch 2.11 does not know
-        return DistributedDataParallel(module, broadcast_buffers=False,     # (buffers are alike; a short prefix leaves
-                                       find_unused_parameters=isinstance(module, Tokenizer))    # queries unused)
+        return DistributedDataParallel(module, find_unused_parameters=unused, broadcast_buffers=False)  # all are alike
 
 def short_hash(*things):
     """16 digits that tell one set of settings and modules' weights from another."""
@@ -2319,8 +2319,8 @@ def measure_fid(config, machine, tokenizer, model, inception, val):
     if config.reference:
         with blame(f"--reference {config.reference} is no npz with mu and sigma"), np.load(config.reference) as stored:
             reference, whose = [torch.from_numpy(stored[name]) for name in ("mu", "sigma")], config.reference
-            for part, name, shape in zip(reference, ("mu", "sigma"), ((2048,), (2048, 2048)), strict=True):
-                check(part, name, shape)
+            check(reference[0], "mu", (2048,))
+            check(reference[1], "sigma", (2048, 2048))
     else:
         train = open_data(config, machine, "train")
         reference, whose = measured(len(train), train.in_order)[:2], f"{len(train)} training images of {config.data}"
