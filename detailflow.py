@@ -248,6 +248,7 @@ class Config:
     ar_weight_decay: float = setting("AR training", 0.05, "weight decay of matrices and embeddings")
     correction_share: float = setting("AR training", 0.3, "share of self-corrected sequences", high=1)
     codebook_start: bool = setting("AR training", False, "codes' embeddings and logits start from the codebook")
+    shift: int = setting("AR training", 0, "built-in sets: pixels by which ten crops of an image are shifted", 0, 64)
     guidance: float = setting("sampling", 2.0, "classifier-free guidance scale; 1: none, half the work")
     schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
     temperature: float = setting("sampling", 1.0, "sampling temperature; 0: greedy")
@@ -285,6 +286,7 @@ class Config:
         for name, bound in (("min_size", "image_size"), ("noise_topk", "codebook_size")):
             value, most = getattr(self, name), getattr(self, bound)
             require(value <= most, f"{name} must not exceed {bound} {most}", value)
+        require(self.shift < self.image_size, f"shift must be less than image_size {self.image_size}", self.shift)
         require(self.image_size >= 4 or not self.disc_weight, "a discriminator wants an image_size of at least 4",
                 self.image_size)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
@@ -307,8 +309,8 @@ PRESETS = {
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
         "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
         "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
-        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "compile": True, "save_every": 1000,
-        "eval_samples": 50000, "inception": "auto"},
+        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "shift": 2, "compile": True,
+        "save_every": 1000, "eval_samples": 50000, "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
@@ -2100,15 +2102,17 @@ def load_tokenizer(config, machine):
 def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
     record per image: its label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1
-    times larger image, as the authors do; for the built-in sets, the image and its mirror image."""
-    views = 2 if config.data in BUILT_IN else 10
+    times larger image, as the authors do; for the built-in sets ten crops of the image padded by `shift` pixels, which
+    are mirrored at its edge; if that is 0, the image and its mirror image."""
+    shift = config.shift if config.data in BUILT_IN else 0
+    views = 2 if config.data in BUILT_IN and not shift else 10
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
-                         tokenizer.config.noise_topk, tokenizer.config.correction)
+                         shift, tokenizer.config.noise_topk, tokenizer.config.correction)
     path = Path(config.out) / f"codes-{made_of}.npy"
 
     def work(todo):
         for rows, pixels in images.in_order(todo, max(1, config.eval_batch // views)):
-            x = to_float(pixels.to(machine.device))
+            x = F.pad(to_float(pixels.to(machine.device)), (shift,) * 4, "reflect")
             x = torch.cat((x, x.flip(3)) if views == 2 else TF.ten_crop(x, config.image_size))      # (views b, 3, R, R)
             place = torch.tensor(rows) * views + torch.arange(views)[:, None]                       # (views, b)
             keys = fold(root_key(config.seed, "codes"), place.flatten()).to(machine.device)

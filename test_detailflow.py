@@ -2001,6 +2001,20 @@ def test_codes_are_those_of_an_image_and_its_mirror_and_older_files_go(config, t
     assert np.array_equal(records["codes"], wanted)  # clean, shown and targets: all the same without self-correction
 
 
+def test_shifted_views_are_ten_crops_of_an_image_mirrored_at_its_edge(config, tokenizer, tmp_path):
+    config = df.replace(config, out=str(tmp_path), correction=False, shift=3)
+    images, R, tokenizer.config.correction = df.open_data(config, CPU, "val"), config.image_size, False
+    records = df.extract_codes(config, CPU, tokenizer, images)
+    assert records["codes"].shape == (len(images), 10, 3, config.num_tokens)
+    padded = np.pad(images.pixels, ((0, 0), (0, 0), (3, 3), (3, 3)), "reflect")
+    places = [(0, 0), (0, 6), (6, 0), (6, 6), (3, 3)]  # the corners, the image itself; then the same mirrored
+    for i, (side, (top, left)) in enumerate(itertools.product((padded, padded[..., ::-1]), places)):
+        crop = df.to_float(torch.from_numpy(side[:, :, top : top + R, left : left + R].copy()))
+        assert np.array_equal(records["codes"][:, i, 0], tokenizer.encode(crop)), (i, top, left)
+    other = df.extract_codes(df.replace(config, shift=2), CPU, tokenizer, images)  # is not taken for the same
+    assert not np.array_equal(other["codes"], records["codes"])
+
+
 def test_two_ranks_see_the_batch_of_one_process(config):
     whole = df.batch_rows(config, CPU, "ar", 7, 8, 30)
     halves = [df.batch_rows(config, df.Machine(CPU.device, rank=r, world=2), "ar", 7, 8, 30) for r in (0, 1)]
@@ -3650,6 +3664,7 @@ WRONG = """
 --class-dropout 2 | class_dropout
 --coarse-prob 1.1 | 0..1
 --min-size 64 | min_size must not exceed image_size 16
+--shift 16 | shift must be less than image_size 16
 --dynamic-prob 1 --dec-patch-size 2 | multiple of patch_size 4, got 2
 --disc-weight 1 --image-size 2 --patch-size 1 | at least 4
 --disc vgg | patch, dino
