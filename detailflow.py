@@ -51,9 +51,9 @@ spoilt group, dropout and augmentation; all GPUs decode the same prefix in a ste
 For safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random
 start would linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced,
 unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
-Muon, restarts of dead codes, a larger initial scale of queries, (cifar10) a transformer that starts with the codebook's
-geometry, and a small discriminator, whose push on an image keeps to disc_weight times the pixel loss's; the imagenet
-presets follow the authors in all of this.
+Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a small discriminator, whose push on an
+image keeps to disc_weight times the pixel loss's, and a transformer that starts with the codebook's geometry and sees
+crops shifted by two pixels, or it would overfit; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
