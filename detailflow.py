@@ -53,7 +53,7 @@ start would linger in it; the discriminator first sees images when its loss star
 unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
 Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a small discriminator, whose push on an
 image keeps to disc_weight times the pixel loss's, and a transformer that starts with the codebook's geometry and sees
-crops shifted by two pixels, or it would overfit; the imagenet presets follow the authors in all of this.
+shifted crops, against overfitting; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -248,7 +248,7 @@ class Config:
     ar_weight_decay: float = setting("AR training", 0.05, "weight decay of matrices and embeddings")
     correction_share: float = setting("AR training", 0.3, "share of self-corrected sequences", high=1)
     codebook_start: bool = setting("AR training", False, "codes' embeddings and logits start from the codebook")
-    shift: int = setting("AR training", 0, "built-in sets: pixels by which ten crops of an image are shifted", 0, 64)
+    shift: int = setting("AR training", 0, "built-in sets: pixels by which its ten crops are shifted; 0: none", high=64)
     guidance: float = setting("sampling", 2.0, "classifier-free guidance scale; 1: none, half the work")
     schedule: str = setting("sampling", "constant", "guidance along the groups", one_of=("constant", "linear"))
     temperature: float = setting("sampling", 1.0, "sampling temperature; 0: greedy")
@@ -2102,10 +2102,10 @@ def load_tokenizer(config, machine):
 def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
     record per image: its label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1
-    times larger image, as the authors do; for the built-in sets ten crops of the image padded by `shift` pixels, which
-    are mirrored at its edge; if that is 0, the image and its mirror image."""
+    times larger image, as the authors do; for the built-in sets, of the image with `shift` pixels of its reflection on
+    each side, or if `shift` is 0 just the image and its mirror image."""
     shift = config.shift if config.data in BUILT_IN else 0
-    views = 2 if config.data in BUILT_IN and not shift else 10
+    views = 10 if shift or config.data not in BUILT_IN else 2
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,
                          shift, tokenizer.config.noise_topk, tokenizer.config.correction)
     path = Path(config.out) / f"codes-{made_of}.npy"
