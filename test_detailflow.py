@@ -2812,7 +2812,16 @@ def command(out, data, **more):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, folder):
+def by_two(tmp_path_factory, folder):
+    """`small` by two processes: -> job, out. It is begun early, to run beside other tests, for it takes a while."""
+    out = tmp_path_factory.mktemp("by_two")
+    with torchrun(2, command(out, folder)) as job:
+        yield job, out
+        job.terminate()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, folder, by_two):
     out = tmp_path_factory.mktemp("small")
     assert df.main(command(out, folder)) == 0
     return out
@@ -3567,12 +3576,12 @@ def test_a_first_process_that_fails_lets_the_others_go_on_and_fail_too(monkeypat
         assert len(calls) == rank + 1
 
 
-def test_two_processes_train_like_one(small, folder, tmp_path):
+def test_two_processes_train_like_one(small, by_two):
     """torchrun, gloo, all stages: the weights agree to float rounding, dropout and noise included."""
-    job = torchrun(2, command(tmp_path, folder))
+    job, out = by_two
     text, _ = job.communicate(timeout=120)
     assert job.returncode == 0, text
-    like_one_process(small, tmp_path)
+    like_one_process(small, out)
 
 
 @pytest.mark.slow
