@@ -310,7 +310,7 @@ PRESETS = {
         "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
         "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
         "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "shift": 2, "compile": True,
-        "save_every": 1000, "eval_samples": 50000, "inception": "auto"},
+        "save_every": 1000, "guidance": 3.0, "eval_samples": 50000, "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
