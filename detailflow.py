@@ -46,14 +46,15 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
 
 We follow the authors' code (ByteFlow-AI/DetailFlow), which made the published models, where it differs from the paper.
 Where we differ from it (read this last). For speed: generation keeps a KV cache, and both passes of self-correction
-share the patches. So that the number of GPUs hardly matters: each image, and each of its ten crops, has its own
-spoilt group, dropout and augmentation; all GPUs decode the same prefix in a step; LeCam's means are global, and saved.
-For safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random
-start would linger in it; the discriminator first sees images when its loss starts. Evaluation: classes are balanced,
-unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token alignment, but
-Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a small discriminator, whose push on an
-image keeps to disc_weight times the pixel loss's, and a transformer that starts with the codebook's geometry and sees
-shifted crops, against overfitting; the imagenet presets follow the authors in all of this.
+share the patches. So that the number of GPUs hardly matters: each image, and each of its ten crops, has its own spoilt
+group, dropout and augmentation; all GPUs decode the same prefix in a step; LeCam's means are global, and saved. For
+safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random start
+would linger in it; the discriminator first sees images when its loss starts. The codebook starts uniform on the sphere,
+not in a cube. Evaluation: classes are balanced, unless random ones are asked for. Small presets, trained from scratch,
+use neither LPIPS nor first-token alignment, but Muon, restarts of dead codes, a larger initial scale of queries, and
+(cifar10) a small discriminator, whose push on an image keeps to disc_weight times the pixel loss's, and a transformer
+that starts with the codebook's geometry and sees shifted crops, against overfitting; the imagenet presets follow the
+authors in all of this.
 """
 import argparse
 import contextlib
@@ -214,7 +215,7 @@ class Config:
     dec_grid: int = setting("tokenizer", 0, "decoder: side of the table of positions; 0: of the patches' grid", 0, 1024)
     tok_steps: int = setting("tokenizer training", 2500, "optimiser steps", 1)
     tok_batch: int = setting("tokenizer training", 16, "images per step, over all processes", 1)
-    tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate", high=1)
+    tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate (authors: 1e-4 tok_batch / 256)", high=1)
     tok_warmup: int = setting("tokenizer training", 100, "steps of linear warm-up")
     tok_ema: float = setting("tokenizer training", 0.99, "decay of the EMA of weights; 0: none", high=0.99999)
     coarse_prob: float = setting("tokenizer training", 0.2, "share of batches that decode a random prefix", high=1)
@@ -1147,7 +1148,8 @@ def official_config(about, alpha, tensors):
                         ("causal_encoder", True), ("causal_decoder", False), ("model_type", "c2i"),
                         ("cls_token_num", 1), ("rope_base", 10000), ("norm_eps", 1e-5)):
         require(about.get(name, value) == value, f"only {name} {value} is known here", about.get(name))
-    settings = {"group_size": about["group_size"], "causal_num": about.get("causal_num") or -1}
+    c = about.get("causal_num")                             # none: a whole group; 0: every group in parallel
+    settings = {"group_size": about["group_size"], "causal_num": -1 if c is None else c}
     if "vocab_size" in about:
         names = {"num_tokens": "block_size", "num_classes": "num_classes", "codebook_size": "vocab_size",
                  "ar_width": "dim", "ar_depth": "n_layer", "ar_heads": "n_head"}

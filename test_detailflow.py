@@ -1129,6 +1129,7 @@ def their_state(model):
         {"patch_size": 16, "dec_patch_size": 8},
         {"patch_size": 8, "dec_patch_size": 16},
         {"causal_num": 8},
+        {"causal_num": 0},
         {"enc_grid": 3, "dec_grid": 5},
         {"enc_depth": 11},
         {"group_size": 1, "causal_num": 3},
