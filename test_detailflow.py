@@ -192,32 +192,6 @@ def test_random_numbers_of_a_sample_do_not_depend_on_its_batch():
 # == 2. Settings ==
 
 
-@pytest.mark.parametrize(
-    "bad, word",
-    [
-        ({"num_tokens": 10, "group_size": 4}, "multiple"),
-        ({"causal_num": 3}, "multiple"),
-        ({"image_size": 30}, "multiple"),
-        ({"num_tokens": 4, "group_size": 4}, "at least 8"),
-        ({"enc_heads": 5}, "multiple"),
-        ({"ar_heads": 5, "ar_width": 30}, "4"),
-        ({"guidance": float("nan")}, "guidance"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_p": 0.0}, "top_p"),
-        ({"coarse_prob": 1.5}, "0..1"),
-        ({"noise_topk": 600}, "512"),
-        ({"schedule": "cosine"}, "constant, linear"),
-        ({"tok_steps": 0}, "tok_steps"),
-        ({"codebook_size": 70000}, "65536"),
-        ({"num_tokens": "32"}, "int"),
-        ({"dtype": "half"}, "bfloat16"),
-    ],
-)
-def test_impossible_settings_are_refused_with_the_reason(bad, word):
-    with pytest.raises(df.Refused, match=word):
-        df.Config(**bad)
-
-
 def test_every_setting_is_a_flag_and_presets_are_valid():
     for name in df.PRESETS:
         config, stage, _ = df.parse(["--preset", name, "--seed", "7", "--no-compile"])
@@ -233,22 +207,6 @@ def test_presets_build_the_papers_models():
     head = sum(p.numel() for p in tokenizer.align_head.parameters())  # theirs is counted with the teacher
     assert sum(p.numel() for p in tokenizer.parameters()) - head == 270_533_832
     assert sum(p.numel() for p in ar.parameters()) == 326_140_928
-
-
-def test_wrong_command_lines_end_with_one_line_and_status_2(tmp_path, capsys):
-    for argv in (
-        ["--data", str(tmp_path / "nowhere")],
-        ["--data", str(tmp_path)],
-        ["--tok-batch", "0"],
-        ["--device", "cuda:99"],
-        ["--stage", "ar", "--out", str(tmp_path)],
-        ["--stage", "eval", "--out", str(tmp_path)],
-    ):
-        assert df.main(["--out", str(tmp_path / "out"), *argv]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.startswith("detailflow: "), (argv, error)
-    with pytest.raises(SystemExit):
-        df.main(["--no-such-flag"])
 
 
 # == 3. Resolution mapping ==
@@ -360,6 +318,14 @@ def test_under_autocast_too_the_nearest_of_fifty_is_the_clean_code():
         assert torch.equal(quantizer.nearest(clean.latents, 50)[..., 0], clean.codes)
 
 
+def test_old_uses_of_codes_fade():
+    quantizer = df.Quantizer(8, 4, 0.25)
+    quantizer.WINDOW = 16
+    quantizer.track(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]), CPU)
+    quantizer.track(torch.full((2, 4), 4), CPU)
+    assert quantizer.counts.tolist() == [1, 1, 1, 1, 8, 0, 0, 0]
+
+
 def test_usage_and_perplexity_count_codes_and_revival_replaces_only_dead_ones():
     quantizer = df.Quantizer(8, 4, 0.25)
     quantizer.track(torch.tensor([[0, 0, 1, 1], [2, 2, 3, 3]]), CPU)
@@ -409,22 +375,6 @@ def test_every_allowed_prefix_decodes_at_its_size_and_no_other(config, tokenizer
     assert tokenizer.encode(images(2, 24)[..., :20]).shape == (2, 12)  # another size, not square
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda t: t.encode(torch.zeros(1, 3, 15, 16)),
-        lambda t: t.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)),
-        lambda t: t.encode(torch.zeros(3, 16, 16)),
-        lambda t: t.decode(torch.full((1, 12), 40)),
-        lambda t: t.decode(torch.zeros(1, 12)),
-        lambda t: t.decode(torch.zeros(1, 12, dtype=torch.long), size=6),
-    ],
-)
-def test_tokenizer_refuses_what_it_can_not_do(tokenizer, call):
-    with pytest.raises(df.Refused):
-        call(tokenizer)
-
-
 @pytest.mark.parametrize("start, end", [(0, 1), (2, 3), (3, 6), (6, 9)])
 def test_self_correction_keeps_the_prefix_spoils_the_group_and_redoes_the_rest(config, tokenizer, start, end):
     past = tokenizer.encode_patches(images())
@@ -452,17 +402,19 @@ def test_self_correction_equals_its_drawing():
     config = df.Config(**TINY | {"num_tokens": 8, "group_size": 2})
     torch.manual_seed(0)
     tokenizer, rows = df.Tokenizer(config), {}
-    for row in ("clean", "queries", "shown", "targets"):
+    for row in ("clean", "queries", "vectors", "shown", "targets"):
         rows[row] = re.findall(r"\b[axqb]\d", drawn(df.Tokenizer.correct.__doc__, row))
         assert [int(entry[1]) for entry in rows[row]] == list(range(8))
     past = tokenizer.encode_patches(images())
     clean = tokenizer.quantize(past)
     fixed = tokenizer.correct(past, clean, torch.full((4,), 2), torch.full((4, 2), 7))
     spoilt = tokenizer.quantizer.nearest(clean.latents, 8)[..., 7]
-    answers = {"a": clean.codes, "x": spoilt, "b": fixed.shown}
-    for row, ours in (("clean", clean.codes), ("shown", fixed.shown), ("targets", fixed.targets)):
-        for i, entry in enumerate(rows[row]):
-            assert torch.equal(ours[:, i], answers[entry[0]][:, i]), (row, i)
+    answers, vectors = {"a": clean.codes, "x": spoilt, "b": fixed.targets}, tokenizer.quantizer.lookup
+    for i, (a, b, c) in enumerate(zip(rows["shown"], rows["targets"], rows["vectors"], strict=True)):
+        assert torch.equal(fixed.shown[:, i], answers[a[0]][:, i]), i
+        assert b[0] == "b" or torch.equal(fixed.targets[:, i], answers[b[0]][:, i]), i
+        torch.testing.assert_close(fixed.vectors[:, i], vectors(answers[c[0]][:, i]))
+    assert {entry[0] for entry in rows["clean"]} == {"a"}
     assert [entry[0] == "q" for entry in rows["queries"]] == fixed.redone[0].tolist()
 
 
@@ -562,6 +514,17 @@ def projected(table, book):
     made_by = torch.linalg.lstsq(book, table).solution
     torch.testing.assert_close(book @ made_by, table, atol=1e-4, rtol=0)
     return made_by
+
+
+def test_training_hides_the_class_of_a_share_of_images(config):
+    model = df.ARTransformer(df.replace(config, dropout=0.0, class_dropout=0.25))
+    nn.init.normal_(model.output.weight)
+    codes = torch.zeros(1000, 12, dtype=torch.long)
+    with torch.no_grad():
+        told, hidden = (model(torch.tensor([label]), codes[:1]) for label in (3, 10))
+        logits = model(torch.full((1000,), 3), codes, torch.arange(1000))
+    told, hidden = ((logits - each).abs().amax((1, 2)) < 1e-4 for each in (told, hidden))
+    assert (told ^ hidden).all() and abs(hidden.float().mean() - 0.25) < 0.04
 
 
 def test_codes_that_look_alike_start_alike(config, tokenizer):
@@ -721,28 +684,6 @@ def test_top_k_keeps_ties_and_top_p_keeps_the_code_that_reaches_it():
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     assert (df.filter_logits(logits, top_p=0.6) > -math.inf).tolist() == [False, True, True]
     assert (df.filter_logits(logits, top_p=0.4) > -math.inf).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"labels": torch.tensor([], dtype=torch.long)},
-        {"labels": torch.tensor([11])},
-        {"labels": torch.tensor([-1])},
-        {"labels": torch.tensor([0.5])},
-        {"guidance": -1},
-        {"guidance": math.nan},
-        {"temperature": math.nan},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"schedule": "cosine"},
-        {"seeds": [1, 2]},
-        {"num_tokens": 4},
-    ],
-)
-def test_generate_refuses_impossible_requests(ar, bad):
-    with pytest.raises(df.Refused, match=next(iter(bad))):
-        df.generate(ar, **{"labels": torch.tensor([0])} | bad)
 
 
 # == 7, 9, 10 against the authors' code ==
@@ -1241,14 +1182,7 @@ def test_a_pickle_cannot_change_the_functions_it_is_given(tmp_path):
     assert (dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor_v2.__defaults__) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1]), b"PK\x03\x04 torn"])
-def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(df.Refused, match=r"x\.pt"):
-        df.read_foreign(tmp_path / "x.pt")
-
-
-def test_a_torn_checkpoint_a_script_and_a_list_are_refused(tmp_path):
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path):
     """torch.load hands TorchScript, code and all, to another loader."""
     save({"a": torch.zeros(1000)}, tmp_path / "whole.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
@@ -1256,7 +1190,9 @@ def test_a_torn_checkpoint_a_script_and_a_list_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/constants.pkl", b"")
         archive.writestr("script/data.pkl", b"")
-    for name, said in (("torn", ""), ("list", "no dict"), ("script", "TorchScript"), ("absent", "FileNotFound")):
+    for i, content in enumerate((b"", b"text", pickle.dumps([1]), b"PK\x03\x04 torn")):
+        (tmp_path / f"{i}.pt").write_bytes(content)
+    for name, said in (*((str(i), "") for i in range(4)), ("torn", ""), ("list", "no dict"), ("script", "TorchScript")):
         with pytest.raises(df.Refused, match=rf"{name}\.pt .*{said}"):
             df.read_foreign(tmp_path / f"{name}.pt")
 
@@ -1310,8 +1246,6 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
         (tmp_path / "m.safetensors").write_bytes(content)
         with pytest.raises(df.Refused, match=r"m.safetensors"):
             df.read_safetensors(tmp_path / "m.safetensors", "vision_model.")
-    with pytest.raises(df.Refused, match="absent"):
-        df.read_safetensors(tmp_path / "absent")
 
 
 @pytest.fixture(scope="module")
@@ -1544,7 +1478,7 @@ def test_diff_augment_equals_the_slow_way(weak, size):
         slow = torch.stack([slow_augment(images[i], 3 * seed + i, weak, use) for i in range(3)])
         fast = df.diff_augment(images, key, 3 * seed + torch.arange(3), weak)
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6)
-    assert len(seen) == (1 if not weak else len(seen)) and (not weak or len(seen) > 4)
+    assert not weak or len(seen) > 4
 
 
 def test_diff_augment_draws_what_it_should():
@@ -1563,11 +1497,10 @@ def test_diff_augment_draws_what_it_should():
     assert not df.diff_augment(ones, key, keys + 64, False).equal(a)
 
 
-def test_diff_augment_passes_gradients_where_it_shows_the_image():
-    torch.manual_seed(0)
-    images = torch.rand(2, 3, 16, 16).requires_grad_()
-    df.diff_augment(images, torch.tensor([3]), torch.arange(2), weak=False).square().sum().backward()
-    assert 0 < (images.grad != 0).float().mean() <= 1 and torch.isfinite(images.grad).all()
+def test_diff_augment_passes_the_right_gradients():
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    augment = functools.partial(df.diff_augment, key=torch.tensor([3]), keys=torch.arange(2), weak=False)
+    assert torch.autograd.gradcheck(augment, x)
 
 
 # == 11. The DINO discriminator ==
@@ -1982,6 +1915,21 @@ def test_cifar10_is_read_from_its_own_files_and_refused_where_it_can_not_be_had(
         assert torch.equal(data.pixels, torch.from_numpy(rows[part]).view(-1, 3, 32, 32))  # red, green, blue
 
 
+def test_an_image_in_memory_is_mirrored_where_its_number_is_below_a_half():
+    pixels = torch.randint(256, (9, 3, 8, 8), dtype=torch.uint8)
+    (got,) = df.Images(None, None, pixels).fetch([[(3, [0.4, 0, 0, 0]), (5, [0.6, 0, 0, 0]), (7, None)]])
+    assert torch.equal(got, torch.stack([pixels[3].flip(2), pixels[5], pixels[7]]))
+
+
+def test_a_training_crop_has_the_scale_place_and_mirroring_of_its_four_numbers():
+    """By hand, for 60 x 50 pixels: the shorter side becomes 32 .. 40."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8))
+    for u, (short, long, left, top) in (([0, 0, 0, 0.6], (32, 38, 0, 0)), ([0.99, 0.5, 0.99, 0.4], (40, 48, 4, 16))):
+        small = image.resize((short, long), Image.BICUBIC).crop((left, top, left + 32, top + 32))
+        wanted = np.array(small)[:, ::-1] if u[3] < 0.5 else np.array(small)
+        assert np.array_equal(np.array(df.crop(image, 32, 0.8, u)), wanted)
+
+
 def test_centre_crop_is_adms():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (150, 101, 3), dtype=np.uint8))
@@ -2111,41 +2059,19 @@ def weights(path):
     return {f"{part}.{k}": v for part in ("model", "ema", "disc") if part in state for k, v in state[part].items()}
 
 
-def test_a_resumed_run_ends_with_the_same_bits(trained, tmp_path, monkeypatch):
-    """Interrupted after any step, by an exception that leaves no time for anything: as SIGKILL would."""
-    for stage, at in (("tokenizer", 3), ("ar", 5)):
-        count, step = [0], df.Progress.step
-
-        def stop(self, *args, stage=stage, at=at, count=count, step=step, **values):
-            due = step(self, *args, **values)
-            count[0] += self.stage == stage
-            if count[0] == at:
-                raise KeyboardInterrupt
-            return due
-
-        with monkeypatch.context() as patch:
-            patch.setattr(df.Progress, "step", stop)
-            run(tmp_path, expect=130, disc_weight=0.2, disc_start=3)
-    with open(tmp_path / "log.jsonl", "a") as log:
-        log.write('{"stage": "ar", "st')  # a line torn by the kill
-    run(tmp_path, disc_weight=0.2, disc_start=3)
-    for name in ("tokenizer.pt", "ar.pt"):
-        once, twice = weights(trained / name), weights(tmp_path / name)
-        assert once.keys() == twice.keys() and all(torch.equal(once[k], twice[k]) for k in once), name
-    steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in steps if "pixel_loss" in r] == [2, 4, 6]  # none twice
-
-
 def test_other_settings_or_another_tokenizer_are_refused_not_mixed(trained, tmp_path, capsys):
-    run(trained, expect=2, disc_weight=0.2, disc_start=3, tok_lr=0.5)
-    assert "tok_lr 0.002 -> 0.5" in capsys.readouterr().err
+    run(trained, expect=2, disc_weight=0.2, disc_start=3, num_tokens=24, tok_lr=0.5)
+    error = one_error(capsys.readouterr().err)
+    assert "num_tokens 12 -> 24" in error and "tok_lr 0.002 -> 0.5" in error
     for name in ("tokenizer.pt", "ar.pt"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())
     state = torch.load(tmp_path / "tokenizer.pt", weights_only=True)
     state["ema"]["to_latent.bias"] += 1
     torch.save(state, tmp_path / "tokenizer.pt")
     run(tmp_path, "--stage", "eval", expect=2)
-    assert "another tokenizer" in capsys.readouterr().err
+    assert "another tokenizer" in one_error(capsys.readouterr().err)
+    run(tmp_path, "--stage", "ar", expect=2)
+    assert re.search(r"same settings and data .* tokenizer \w+ -> \w+$", one_error(capsys.readouterr().err))
 
 
 def test_codes_are_extracted_once_and_hold_what_the_tokenizer_says(trained, config):
@@ -2156,6 +2082,10 @@ def test_codes_are_extracted_once_and_hold_what_the_tokenizer_says(trained, conf
     x = images(20)
     assert np.array_equal(codes["codes"][:20, 0, 0], tokenizer.encode(x).numpy())
     assert np.array_equal(codes["codes"][:20, 1, 0], tokenizer.encode(x.flip(3)).numpy())
+    views = np.zeros(30, [("label", "i4"), ("codes", "u2", (10, 3, 12))])
+    views["codes"] += np.arange(10, dtype=np.uint16)[:, None, None]
+    drawn = torch.cat([df.ar_batch(config, CPU, views, step)[1][:, 0] for step in range(100)])
+    assert drawn.bincount(minlength=10).min() > 50  # of 800: all ten views, alike
     labels, shown, target, _ = df.ar_batch(config, CPU, codes, 0)
     assert labels.shape == (8,) and shown.shape == target.shape == (8, 12)
     shares = [
@@ -2163,19 +2093,6 @@ def test_codes_are_extracted_once_and_hold_what_the_tokenizer_says(trained, conf
         for _, shown, target, _ in (df.ar_batch(config, CPU, codes, i) for i in range(60))
     ]
     assert 0.2 < np.mean(shares) < 0.35  # 30%, less those whose noise happened to be the clean code
-
-
-def test_broken_checkpoints_are_named(trained, tmp_path):
-    whole = (trained / "tokenizer.pt").read_bytes()
-    path = tmp_path / "tokenizer.pt"
-    spot = whole.index(torch.load(trained / "tokenizer.pt")["model"]["to_query.weight"].numpy().tobytes())
-    flipped = whole[:spot] + bytes([whole[spot] ^ 1]) + whole[spot + 1 :]  # one bit of one weight
-    for content in (whole[: len(whole) // 2], b"hello", b"", flipped):
-        path.write_bytes(content)
-        with pytest.raises(df.Refused, match=r"tokenizer\.pt"):
-            df.load_model(path, "tokenizer")
-    with pytest.raises(df.Refused, match="must be a checkpoint of the ar stage"):
-        df.load_model(trained / "tokenizer.pt", "ar")
 
 
 def test_training_starts_from_the_codebook_where_asked_for(trained, tmp_path):
@@ -2188,11 +2105,43 @@ def test_training_starts_from_the_codebook_where_asked_for(trained, tmp_path):
     assert df.PRESETS["cifar10"]["codebook_start"] and not df.Config(**df.PRESETS["imagenet-16"]).codebook_start
 
 
+def test_held_out_loss_is_the_mean_over_every_so_manieth_image(config, tokenizer, ar):
+    data = df.Images(torch.arange(7), None, df.to_uint8(images(7)))
+    found = df.val_loss(df.replace(config, eval_batch=2), CPU, tokenizer, ar, data, 3)
+    codes = tokenizer.encode(df.to_float(data.pixels[::3]))
+    p = ar(torch.tensor([0, 3, 6]), codes).log_softmax(-1)
+    torch.testing.assert_close(found, -p.gather(2, codes[..., None])[..., 0].mean(0))
+
+
+def test_psnr_by_hand():
+    x = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
+    assert df.psnr(df.to_float(x), df.to_float(x + 10)).item() == pytest.approx(20 * math.log10(255 / 10))
+
+
+def test_both_stages_train_at_the_rates_and_weight_decays_asked_for(trained):
+    """Peaks of 2e-3 and 1e-3 after two steps; from and to a tenth, or from a 200th to a 100th of it, of six steps."""
+    log, half = df.read_log(trained / "log.jsonl"), (1 + math.cos(math.pi / 4)) / 2
+    tok = [(2e-4 + 2e-3) / 2, 2e-4 + 1.8e-3 * 0.5, 2e-4 + 1.8e-3 * (1 + math.cos(math.pi * 5 / 6)) / 2]
+    ar = [(5e-6 + 1e-3) / 2, 1e-5 + 0.99e-3 * half, 1e-5 + 0.99e-3 * (1 + math.cos(math.pi * 3 / 4)) / 2]
+    for stage, wanted, decay in (("tokenizer", tok, 0.0), ("ar", ar, 0.05)):
+        found = [r["lr"] for r in log if r["stage"] == stage and "lr" in r]
+        assert found == pytest.approx(wanted)
+        state = torch.load(trained / f"{stage}.pt", weights_only=True)
+        assert [group["weight_decay"] for group in state["adamw"]["param_groups"]] == [decay, 0.0]
+        assert [group["weight_decay"] for group in state["muon"]["param_groups"]] == [decay]
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     for accum in (1, 2):
         run(tmp_path / str(accum), "--stage", "tokenizer", grad_accum=accum, tok_steps=2, coarse_prob=0.0)
     one, two = (weights(tmp_path / str(accum) / "tokenizer.pt") for accum in (1, 2))
     torch.testing.assert_close(one["model.to_pixels.weight"], two["model.to_pixels.weight"], rtol=1e-3, atol=1e-5)
+    logs = []
+    for accum in (1, 2):
+        out, tokenizer = tmp_path / f"ar{accum}", tmp_path / "1/tokenizer.pt"
+        run(out, "--stage", "ar", tokenizer=tokenizer, grad_accum=accum, ar_steps=2)
+        logs.append([(r["loss"], r["grad_norm"]) for r in df.read_log(out / "log.jsonl") if "loss" in r])
+    assert len(logs[0]) == 1 and logs[0][0] == pytest.approx(logs[1][0], rel=1e-4)
 
 
 def test_tokenizer_learns_eight_images_by_heart(config):
@@ -2292,8 +2241,6 @@ def test_frechet_distance_has_its_closed_forms():
     assert df.frechet_distance(mu, other, mu, sigma) == pytest.approx(direct)
     flat = np.outer(mu, mu)  # of rank one: roots of zero eigenvalues
     assert df.frechet_distance(mu, flat, mu, 4 * flat) == pytest.approx(np.trace(flat), rel=1e-6)
-    with pytest.raises(df.Refused):
-        df.frechet_distance(mu, sigma, mu[:3], sigma[:3, :3])
 
 
 def test_resize_is_tensorflows():
@@ -2321,8 +2268,12 @@ def inception_file(tmp_path_factory):
     return path
 
 
-def test_inception_pools_as_fid_wants(inception_file, tmp_path):
-    net = df.InceptionV3(inception_file)
+def test_inception_sees_and_pools_as_fid_wants(inception_file):
+    net, shown = df.InceptionV3(inception_file), []
+    net.net.register_forward_pre_hook(lambda module, args: shown.append(args[0].unique().tolist()))
+    for value in (0, 255):
+        net(torch.full((1, 3, 8, 8), value, dtype=torch.uint8))
+    assert shown == [[-1.0], [127 / 128]]
     features, logits = net(torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8))
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     for name, pool in (
@@ -2337,9 +2288,6 @@ def test_inception_pools_as_fid_wants(inception_file, tmp_path):
         assert torch.equal(seen[0], pool(x))
     with pytest.raises(df.Refused, match="uint8"):
         net(torch.zeros(1, 3, 40, 40))
-    (tmp_path / "other.pth").write_bytes(b"no")
-    with pytest.raises(df.Refused, match=r"other\.pth"):
-        df.InceptionV3(tmp_path / "other.pth")
 
 
 def test_inception_runs_on_cudnn_without_tf32_and_only_while_it_runs(inception_file):
@@ -2352,7 +2300,7 @@ def test_inception_runs_on_cudnn_without_tf32_and_only_while_it_runs(inception_f
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_moments_do_not_depend_on_the_batches():
+def test_moments_do_not_depend_on_the_batches(monkeypatch):
     class Fake(nn.Module):
         fc = nn.Linear(1, 1008)
 
@@ -2362,6 +2310,7 @@ def test_moments_do_not_depend_on_the_batches():
 
     pixels = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
     results = []
+    monkeypatch.setattr(df, "SPLIT", 30)
     for batch in (50, 7):
         read = df.Images(None, None, pixels).in_order
         results.append(df.moments(df.Config(eval_batch=batch), CPU, Fake(), 50, read))
@@ -2370,7 +2319,8 @@ def test_moments_do_not_depend_on_the_batches():
     np.testing.assert_allclose(mean, features.mean(0))
     np.testing.assert_allclose(covariance, np.cov(features.T), atol=1e-8)
     p = scipy.special.softmax(logits - Fake.fc.bias.detach().numpy(), 1)
-    assert score == pytest.approx(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()), rel=1e-5)
+    scores = [np.exp((q * (np.log(q) - np.log(q.mean(0)))).sum(1).mean()) for q in (p[:30], p[30:])]
+    assert score == pytest.approx(np.mean(scores), rel=1e-5) and results[1][2] == pytest.approx(score)
     np.testing.assert_allclose(results[1][1], covariance, atol=1e-10)
 
 
@@ -2410,6 +2360,10 @@ def test_published_statistics_are_the_reference_that_fid_is_told_to_take(trained
     fid = json.loads((trained / "results.json").read_text())["fid"]
     assert fid["generation_fid"] == 7 and fid["protocol"]["generation_reference"] == str(path)
     assert len(measured) == 3 and all(map(torch.equal, compared[1][:2], mine))
+    truth, rebuilt = measured[0][3:], measured[1][3:]  # how many images, from where, and what becomes of them
+    tokenizer, pixels = df.load_model(trained / "tokenizer.pt", "tokenizer")[0], df.to_uint8(images())
+    assert truth[0] == rebuilt[0] == 200 and len(truth) == 2
+    assert torch.equal(rebuilt[2](pixels), df.to_uint8(tokenizer.decode(tokenizer.encode(df.to_float(pixels)))))
     assert compared[1][2].tolist() == [1] * 2048 and compared[1][3].trace() == 4096
     for bad in ({"mu": np.ones(2048)}, {"mu": np.ones(2), "sigma": np.eye(2)}):
         np.savez(path, **bad)
@@ -2440,6 +2394,8 @@ def test_sample_draws_grids_strips_npz_and_rebuilds_a_picture(trained, tmp_path,
     assert a["arr_0"].shape == (20, 16, 16, 3) and a["arr_0"].dtype == np.uint8
     assert np.bincount(a["arr_1"]).tolist() == [2] * 10
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1  # float rounding of the decoder
+    assert sample.main([*draw, str(tmp_path / "c.npz"), "--no-ema"]) == 0
+    assert not np.array_equal(a["arr_0"], np.load(tmp_path / "c.npz")["arr_0"])
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     assert sample.main(["--run", str(trained), "--out", str(tmp_path), "--image", str(tmp_path / "red.png")]) == 0
     assert (tmp_path / "rebuilt.png").exists()
@@ -2469,20 +2425,6 @@ def test_the_authors_folders_sample_and_are_measured(theirs, tmp_path, capsys):
     swapped = ["--tokenizer", paths[3], "--ar", paths[1]]
     assert sample.main([*swapped, "--out", str(tmp_path)]) == 2
     assert "must hold a Tokenizer, got ARTransformer" in capsys.readouterr().err
-
-
-def test_sample_says_in_one_line_what_is_wrong(trained, tmp_path, capsys):
-    for argv, word in (
-        (["--run", str(tmp_path)], "python detailflow.py --out"),
-        (["--classes", "dragon"], "dragon"),
-        (["--num", "0"], "at least 1"),
-        (["--image", str(tmp_path / "no.png")], "no.png"),
-        (["--guidance", "-1"], "guidance"),
-        (["--tokens", "4"], "num_tokens"),
-    ):
-        assert sample.main(["--run", str(trained), "--out", str(tmp_path), *argv]) == 2
-        error = capsys.readouterr().err
-        assert word in error and error.count("\n") == 1
 
 
 def test_a_benchmark_that_does_not_fit_says_so(capsys):
@@ -2879,14 +2821,16 @@ def one_error(text, start="detailflow: "):
 # == Killed anywhere ==
 
 
-def die_at(calls):
-    """SIGKILL at the so-manieth call of what a file is written with, a checkpoint half written."""
-    left = [calls]
+def die_at(call, name, times=1):
+    """SIGKILL at the so-manieth torch.save, os.fsync or os.replace of this file, by torch.save half written."""
+    module, left = torch if call == "save" else os, [times]
+    function = getattr(module, call)
 
-    def deadly(function, *args, **kwargs):
-        left[0] -= 1
+    def deadly(*args, **kwargs):
+        file = {"save": lambda: args[1].name, "fsync": lambda: os.readlink(f"/proc/self/fd/{args[0]}")}
+        left[0] -= Path(file.get(call, lambda: args[0])()).match(name)
         if left[0] == 0:
-            if function is save:
+            if call == "save":
                 content = io.BytesIO()
                 function(args[0], content)
                 args[1].write(content.getvalue()[: content.tell() // 2])
@@ -2894,22 +2838,30 @@ def die_at(calls):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
 
-    save = torch.save
-    torch.save = functools.partial(deadly, save)
-    for name in ("fsync", "replace", "posix_fallocate"):
-        setattr(os, name, functools.partial(deadly, getattr(os, name)))
+    setattr(module, call, deadly)
 
 
 def test_a_run_killed_while_it_writes_ends_with_the_same_bits(small, folder, tmp_path):
-    argv, log, rng, kills = command(tmp_path / "out", folder), tmp_path / "log", random.Random(0), 0
-    while True:
-        status, text = end(start(argv, log, functools.partial(die_at, rng.randrange(3, 45))), log)
-        if status == 0:
-            break
-        kills += 1
-        assert status == -signal.SIGKILL and kills < 30, text
-    assert kills >= 3
-    same_weights(small, tmp_path / "out")
+    """In all it does: at the first checkpoint, between checkpoints, with codes half made, in the second stage, ..."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    for place in (
+        ("save", "tokenizer.pt.tmp"),
+        ("fsync", "tokenizer.pt.tmp", 2),
+        ("replace", "tokenizer.pt.tmp", 2),
+        ("replace", "codes-*.part.tmp"),
+        ("replace", "codes-*.part"),
+        ("save", "ar.pt.tmp", 2),
+        ("replace", "samples.png.tmp"),
+    ):
+        assert end(start(command(out, folder), log, functools.partial(die_at, *place)), log)[0] == -signal.SIGKILL
+        assert list(out.glob(place[1])), place
+        if place[:2] == ("save", "ar.pt.tmp"):
+            assert torch.load(out / "ar.pt", weights_only=True)["step"] == 2
+    assert end(start(command(out, folder), log), log)[0] == 0
+    same_weights(small, out)
+    records = df.read_log(out / "log.jsonl")
+    for name in ("pixel_loss", "val_loss"):
+        assert [record["step"] for record in records if name in record] == [2, 4, 6]  # none twice
 
 
 @pytest.mark.slow
@@ -2966,10 +2918,10 @@ def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatc
 
 def test_sigterm_outside_the_training_loops_says_how_to_go_on_too(small, folder, monkeypatch, capsys):
     monkeypatch.setattr(df, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(9))
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     assert df.main(command(small, folder)) == 143
     assert "interrupted; the same command goes on" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before  # given back
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
@@ -3025,16 +2977,6 @@ def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys):
             df.guarded("program", functools.partial(job, error))
         assert left.value.code == status and farewells == [1]
         assert ("Traceback" in capsys.readouterr().err) == (status == 1)
-
-
-def test_a_run_that_fails_gives_signals_back(folder, tmp_path, monkeypatch):
-    def fail(*args):
-        raise df.Refused("no")
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(df.Optimizers, "step", fail)
-    assert df.main(command(tmp_path, folder)) == 2
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
 # == Disk and folder ==
@@ -3139,7 +3081,7 @@ def test_a_folder_removed_while_running_is_one_line(folder, tmp_path):
 # == Broken data ==
 
 
-def broken_kinds(root):
+def broken_pictures():
     """A broken file of each kind, by name."""
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(whole, "png")
@@ -3153,17 +3095,23 @@ def broken_kinds(root):
     }
 
 
-@pytest.mark.parametrize("kind", ["truncated.png", "empty.png", "text.png", "header.png", "flipped.png"])
-def test_a_broken_image_is_named_once_skipped_and_does_not_stop_a_run(tmp_path, capfd, kind):
+def test_a_broken_image_is_named_once_skipped_and_does_not_stop_a_run(tmp_path, capfd):
     data = draw_folder(tmp_path / "data")
-    (data / "cat" / f"zz-{kind}").write_bytes(broken_kinds(tmp_path)[kind])  # the next file is a dog
+    (data / "cat" / "zz-truncated.png").write_bytes(broken_pictures()["truncated.png"])  # the next file is a dog
     assert df.main(command(tmp_path / "out", data)) == 0
-    assert re.findall(r"skipped: broken image .*?(zz-\w+\.png)", capfd.readouterr().err) == [f"zz-{kind}"]
+    assert re.findall(r"skipped: broken image .*?(zz-\w+\.png)", capfd.readouterr().err) == ["zz-truncated.png"]
     codes = np.load(next((tmp_path / "out").glob("codes-*.npy")))
     train = df.open_data(df.Config(**TINY, data=str(data)), CPU, "train")
-    at = next(i for i, (path, _) in enumerate(train.samples) if path.endswith(kind))
+    at = next(i for i, (path, _) in enumerate(train.samples) if path.endswith("truncated.png"))
     instead = next(i for i, (path, _) in enumerate(train.samples) if "cat" in path)
     assert codes["label"][at] == 0 and torch.equal(train[at, None], train[instead, None])
+
+
+def test_a_broken_picture_of_any_kind_is_refused_by_name(tmp_path):
+    for name, content in broken_pictures().items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(df.Refused, match=name):
+            df.read_picture(tmp_path / name)
 
 
 def test_more_than_one_broken_image_in_a_hundred_stops_a_run(tmp_path, capfd, monkeypatch):
@@ -3217,7 +3165,7 @@ def test_images_of_every_odd_kind_are_read(tmp_path):
 
 
 def test_images_with_random_bytes_changed_never_raise_anything_else(tmp_path):
-    rng, tried = np.random.default_rng(0), 0
+    rng, path = np.random.default_rng(0), tmp_path / "x"
     rgb = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
     for kind in ("jpeg", "png", "gif", "webp", "bmp", "tiff", "ppm"):
         whole = io.BytesIO()
@@ -3226,11 +3174,9 @@ def test_images_with_random_bytes_changed_never_raise_anything_else(tmp_path):
             content = bytearray(whole.getvalue()[: int(rng.integers(1, len(whole.getvalue()) + 1))])
             for _ in range(4):
                 content[int(rng.integers(min(len(content), 200)))] = int(rng.integers(256))
-            path, tried = tmp_path / "x", tried + 1
             path.write_bytes(content)
             with contextlib.suppress(df.Refused), warnings.catch_warnings(action="ignore"):
                 assert df.read_picture(path).mode == "RGB"
-    assert tried == 84
 
 
 @pytest.mark.parametrize(
@@ -3285,6 +3231,8 @@ def broken_checkpoints(whole, mark):
         files[name] = files[name].getvalue()
 
     content = whole.read_bytes()
+    spot = content.index(max(state["model"].values(), key=torch.numel).numpy().tobytes())
+    files["one bit of one weight"] = content[:spot] + bytes([content[spot] ^ 1]) + content[spot + 1 :]
     for share in (0.01, 0.5, 0.99):
         files[f"truncated {share}"] = content[: int(len(content) * share)]
     files |= {
@@ -3329,7 +3277,6 @@ def test_foreign_files_never_run_code(tmp_path):
     hostile = [
         pickle.dumps(Evil(mark)),
         b"cos\nsystem\n(S'touch " + str(mark).encode() + b"'\ntR.",
-        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x0fopen('m').write\x85R.",
     ]
     for new in (True, False):
         torch.save({"a": Evil(mark), "w": torch.zeros(2)}, path, _use_new_zipfile_serialization=new)
@@ -3338,24 +3285,7 @@ def test_foreign_files_never_run_code(tmp_path):
         path.write_bytes(content)
         with contextlib.suppress(df.Refused):
             df.read_foreign(path)
-        (tmp_path / "config.json").write_text("{}")
-        (tmp_path / "checkpoints").mkdir(exist_ok=True)
-        (tmp_path / "checkpoints/1.pt").write_bytes(content)
-        with pytest.raises(df.Refused, match=r"1\.pt"):
-            df.load_official(tmp_path)
         assert not mark.exists()
-    path.write_bytes(b"")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/constants.pkl", b"")
-    with pytest.raises(df.Refused, match="TorchScript"):
-        df.read_foreign(path)
-
-
-def test_a_checkpoint_of_another_preset_is_refused_with_the_difference(small, folder, capsys):
-    before = (small / "tokenizer.pt").read_bytes()
-    assert df.main(command(small, folder, num_tokens=24)) == 2
-    assert "num_tokens 12 -> 24" in one_error(capsys.readouterr().err)
-    assert (small / "tokenizer.pt").read_bytes() == before
 
 
 def test_a_log_that_is_torn_or_no_log_is_gone_on_with_or_named(small, folder, tmp_path, capsys):
@@ -3393,7 +3323,7 @@ def spoil(monkeypatch, bad_steps, how):
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "ar"])
-@pytest.mark.parametrize("how", [math.nan, math.inf, -math.inf, "loss"])
+@pytest.mark.parametrize("how", [math.nan, math.inf, "loss"])
 def test_steps_that_are_not_finite_change_nothing_and_are_counted(small, folder, tmp_path, monkeypatch, stage, how):
     shutil.copy(small / "tokenizer.pt", tmp_path)
     argv = command(tmp_path / stage, folder, tokenizer=small / "tokenizer.pt", disc_weight=0, save_every=1)
@@ -3481,13 +3411,9 @@ def server(monkeypatch, tmp_path):
             if mode == "stall":
                 self.wfile.write(content[:1000])
                 return time.sleep(1.5)
-            self.wfile.write(
-                content[: len(content) // 2]
-                if mode in ("truncated", "no length")
-                else bytes(len(content))
-                if mode == "wrong"
-                else content
-            )
+            half = content[: len(content) // 2]
+            bodies = {"truncated": half, "no length": half, "wrong": bytes(len(content))}
+            self.wfile.write(bodies.get(mode, content))
 
         def log_message(self, *args):
             pass
@@ -3506,13 +3432,15 @@ def server(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the server's torn connections
-@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(
-    "mode", ["404", "500", "truncated", "no length", "wrong", "stall", "garbage", "hang up", "off"]
+    "mode, known",
+    [
+        *itertools.product(["404", "500", "truncated", "stall", "garbage", "hang up", "off"], [True, False]),
+        ("no length", True),  # without a known hash nothing tells: names and shapes of the weights will
+        ("wrong", True),
+    ],
 )
 def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(server, tmp_path, monkeypatch, mode, known):
-    if not known and mode in ("wrong", "no length"):
-        return  # nothing tells: names and shapes of the weights will
     sha256 = df.hashlib.sha256(server.content).hexdigest() if known else None
     monkeypatch.setitem(df.WEIGHTS, "x.pth", (server.url if mode != "off" else "http://127.0.0.1:9/x.pth", sha256))
     server.mode = mode
@@ -3651,6 +3579,7 @@ WRONG = """
 --image-size 18 | image_size must be a multiple of patch_size 4, got 18
 --image-size 1000000 | 8192
 --crop 0 | crop must lie in 0.1..1
+--tok-batch 0 | tok_batch must lie in 1..
 --num-tokens 10 | multiple of group_size 3
 --num-tokens 3 | at least 6
 --num-tokens 0 | num_tokens
@@ -3694,11 +3623,13 @@ WRONG = """
 --preset imagenet | invalid choice: 'imagenet'
 --stage train | invalid choice: 'train'
 --stage ar --tokenizer nowhere.pt | nowhere.pt
+--stage ar | tokenizer.pt: python detailflow.py --out
+--stage eval | tokenizer.pt: python detailflow.py --out
 --out /proc/nope | /proc/nope
 extra | unrecognized arguments: extra
 """
 WRONG_SAMPLE = """
---run nowhere | no checkpoint nowhere/tokenizer.pt
+--run nowhere | no checkpoint nowhere/tokenizer.pt: python detailflow.py --out
 --tokenizer nowhere.pt | nowhere.pt
 --ar {run}/tokenizer.pt | must be a checkpoint of the ar stage
 --tokenizer {run}/log.jsonl | log.jsonl does not fit
@@ -3712,7 +3643,7 @@ WRONG_SAMPLE = """
 --num x | invalid int
 --num 1000000000000 | at most 10000000
 --tokens 0 | must be one of [1, 2, 3, 6, 9, 12], got 0
---tokens 4 | must be one of
+--tokens 4 | --tokens (num_tokens) must be one of
 --tokens -3 | must be one of
 --batch 0 | at least 1
 --seed -1 | seed
@@ -3816,6 +3747,8 @@ def wrong_calls_of_the_tokenizer():
         ("tensor", lambda: tokenizer.encode(None)),
         ("multiples of 4", lambda: tokenizer.encode(torch.zeros(1, 3, 18, 16))),
         ("float", lambda: tokenizer.encode(torch.zeros(1, 3, 16, 16).byte())),
+        ("multiples of 4", lambda: tokenizer.encode(torch.zeros(1, 3, 16, 18))),
+        ("(B, 3, H, W)", lambda: tokenizer.encode(torch.zeros(3, 16, 16))),
         ("(B, 3, H, W)", lambda: tokenizer.encode(torch.zeros(1, 1, 16, 16))),
         ("(B, 3, H, W)", lambda: tokenizer.encode(torch.zeros(0, 3, 16, 16))),
         ("finite", lambda: tokenizer.encode(torch.full((1, 3, 16, 16), math.nan))),
@@ -3850,6 +3783,7 @@ def wrong_calls_of_the_transformer():
         ("labels must lie in 0..10", lambda: ar(zero + 11, codes)),
         ("labels must be a tensor", drawn([0])),
         ("labels must lie in 0..10", drawn(torch.tensor([11]))),
+        ("labels must lie in 0..10", drawn(torch.tensor([-1]))),
         ("labels", drawn(torch.tensor([0.5]))),
         ("labels", drawn(torch.tensor([[0]]))),
         ("labels", drawn(zero[:0])),
@@ -3863,6 +3797,7 @@ def wrong_calls_of_the_transformer():
         ("top_p", drawn(top_p=math.nan)),
         ("schedule", drawn(schedule=None)),
         ("seeds must be integers (1)", drawn(seeds=[0.5])),
+        ("seeds must be integers (1)", drawn(seeds=[1, 2])),
         ("seeds", drawn(seeds=["a"])),
         ("seeds", drawn(seeds=5)),
         ("seeds", drawn(seeds=[2**70])),
@@ -3894,6 +3829,7 @@ def wrong_calls_of_the_rest(small):
         ("no checkpoint nowhere.pt", lambda: df.load_model("nowhere.pt", "ar")),
         ("must be a checkpoint of the ar stage", lambda: df.load_model(small / "tokenizer.pt", "ar")),
         ("x stage", lambda: df.load_model(small / "tokenizer.pt", "x")),
+        ("have the N, G, c and V", lambda: df.load_ar(small / "ar.pt", df.Tokenizer(df.Config()), CPU.device)),
         ("x.pt", lambda: df.load_official("x.pt")),
         ("checkpoints/*.pt", lambda: df.load_official(small)),
         ("config.json", lambda: df.load_official(small / "ar.pt")),
@@ -3908,7 +3844,6 @@ def wrong_calls_of_the_rest(small):
 def test_wrong_calls_are_refused_in_one_line_that_names_the_value(small):
     calls = [*wrong_settings(), *wrong_calls_of_the_tokenizer(), *wrong_calls_of_the_transformer()]
     calls += wrong_calls_of_the_rest(small)
-    assert len(calls) >= 40
     for i, (word, call) in enumerate(calls):
         with pytest.raises((df.Refused, IndexError), match=re.escape(word)) as error:
             call()
