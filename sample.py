@@ -5,7 +5,7 @@
     python sample.py --image photo.jpg                    your picture from 1 ... N tokens -> rebuilt.png
     python sample.py --num 1000 --npz out.npz             balanced classes: arr_0 uint8 (1000, R, R, 3), arr_1 labels
     python sample.py --tokenizer FOLDER --ar FOLDER       the authors' published models, downloaded to two folders
-    torchrun --nproc-per-node 8 sample.py --run runs/imagenet-16 --num 50000 --npz out.npz     all GPUs, restartable
+    torchrun --nproc-per-node 8 -- sample.py --run runs/imagenet-16 --num 50000 --npz out.npz     all GPUs, restartable
 """
 import argparse
 import dataclasses
@@ -89,11 +89,12 @@ def draw(args, tokenizer, model, machine, names, out):
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     batches = df.draw_batches(config, machine, tokenizer, model, labels, range(count), args.tokens)
     _, codes, images = zip(*batches, strict=True)
-    order, columns = turn.argsort(stable=True), max(1, count // len(classes))
-    grid = df.to_float(torch.cat(images))[order][:count // columns * columns].unflatten(0, (-1, columns))
+    columns = max(1, count // len(classes))             # a row a class: a remainder is not shown
+    order = turn[:columns * len(classes)].argsort(stable=True)
+    grid = df.to_float(torch.cat(images))[order].unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
     passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
-    print(f"{out / 'samples.png'}: {count} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
+    print(f"{out / 'samples.png'}: {len(order)} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
           f"passes each batch: {', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
     if args.tokens in (None, config.num_tokens):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
