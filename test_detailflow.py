@@ -2490,12 +2490,12 @@ def test_tokenizer_learns_eight_images_by_heart(config):
     torch.manual_seed(0)
     model = df.Tokenizer(config)
     optimizers = df.Optimizers(model, "muon", 3e-3)
-    for step in range(150):
+    for step in range(80):
         out = model(x, 12, *df.draw_noise(config, df.fold(df.root_key(0, "test"), torch.arange(8) + 8 * step), 12))
         loss = F.mse_loss(out.pixels, x.repeat(2, 1, 1, 1)) + out.vq_loss
         loss.backward()
         optimizers.step(3e-3)
-    assert df.psnr(model.decode(model.encode(x)), x).mean() > 17
+    assert df.psnr(model.decode(model.encode(x)), x).mean() > 14.5  # 8.6 before
 
 
 def test_ar_transformer_learns_four_sequences_by_heart(config, ar):
@@ -3031,7 +3031,7 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
     monkeypatch.setattr(df, "check", lambda *args, **more: None)  # it looks at values, and fakes have none
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)  # or autocast does nothing
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args: True)
-    config = df.Config(**TINY)
+    config = df.Config(**TINY | {"num_tokens": 6, "dec_depth": 1, "ar_depth": 1})
     gpu, R, N = df.Machine(torch.device("cuda", 0), dtype), config.image_size, config.num_tokens
     with fake.FakeTensorMode(), OneDtype():
         with torch.device("cuda"):
@@ -3046,7 +3046,7 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
         with gpu.autocast():
             assert tokenizer.to_latent(tokenizer.queries).dtype == dtype  # autocast is at work
             out = tokenizer(x, N, *df.draw_noise(config, keys, N))
-            scores = disc(df.degrade(x, config, 6), out.pixels[:4], key, keys)
+            scores = disc(df.degrade(x, config, N // 2), out.pixels[:4], key, keys)
             logits = model(labels, codes, keys)
         tokenizer.quantizer.track(out.codes, gpu)
         tokenizer.quantizer.revive(out.latents, key, gpu)
