@@ -70,6 +70,8 @@ def draw(args, tokenizer, model, machine, names, out):
     df.require(npz.name and not npz.is_dir(), "--npz must name a file", args.npz)
     lengths = df.prefix_lengths(model.config)
     df.require(args.tokens in (None, *lengths), f"--tokens (num_tokens) must be one of {lengths}", args.tokens)
+    columns = max(1, count // len(classes))             # of a picture, which has a row a class, and no remainder
+    count = count if args.npz else min(count, columns * len(classes))
     turn, since = torch.arange(count) % len(classes), time.time()
     if args.random_classes:
         u = df.uniform(df.fold(df.root_key(args.seed, "classes"), torch.arange(count)), 1)[:, 0]
@@ -89,12 +91,11 @@ def draw(args, tokenizer, model, machine, names, out):
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     batches = df.draw_batches(config, machine, tokenizer, model, labels, range(count), args.tokens)
     _, codes, images = zip(*batches, strict=True)
-    columns = max(1, count // len(classes))             # a row a class: a remainder is not shown
-    order = turn[:columns * len(classes)].argsort(stable=True)
+    order = turn.argsort(stable=True)
     grid = df.to_float(torch.cat(images))[order].unflatten(0, (-1, columns))
     df.save_picture(grid, out / "samples.png")
     passes = len(df.decoding_spans(config, args.tokens or config.num_tokens))
-    print(f"{out / 'samples.png'}: {len(order)} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
+    print(f"{out / 'samples.png'}: {count} images of {grid.shape[-1]} px in {time.time() - since:.1f} s, {passes} "
           f"passes each batch: {', '.join(names[k] for k in dict.fromkeys(labels[order].tolist()))}")
     if args.tokens in (None, config.num_tokens):
         df.save_picture(df.coarse_to_fine(tokenizer, torch.cat(codes)[:8]), out / "coarse_to_fine.png")
