@@ -3209,10 +3209,13 @@ def beside():
     def work(argv, script="detailflow.py", until=None):
         with torchrun(2, argv, script) as job:
             jobs.append(job)
-            if until:
-                wait_for(until)
-                job.terminate()
-            text, _ = job.communicate(timeout=120)
+            try:
+                if until:
+                    wait_for(until)
+                    job.terminate()
+                text, _ = job.communicate(timeout=120)
+            finally:
+                job.terminate()  # else leaving the block would wait for a job that hangs
         return job.returncode, text
 
     with ThreadPoolExecutor(1) as pool:
