@@ -2421,7 +2421,7 @@ class Bench:
     larger of its bytes over the machine's copy bandwidth and its operations over the machine's matmul rate."""
     def __init__(self, machine):
         self.machine, self.gpu, like = machine, machine.device.type == "cuda", {"device": machine.device}
-        big, n = torch.rand(2, 2**26, **like), 8192 if self.gpu else 2048
+        big, n = torch.ones(2, 2**26, **like), 8192 if self.gpu else 2048
         self.bandwidth = big.nbytes / self.seconds(lambda: big[0].copy_(big[1]))[0]     # 256 MB read, as many written
         square, layer = torch.rand(n, n, dtype=machine.dtype, **like), nn.Linear(n, n, dtype=machine.dtype, **like)
         if not self.gpu and machine.dtype == torch.float32:                             # the fastest there is
