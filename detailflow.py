@@ -2392,7 +2392,7 @@ def evaluate(config, machine):
         if tokenizer.config.correction:
             save_picture(repairs(tokenizer, pixels), out / "self_correction.png")
         draw_curves(config, found, loss)
-        say(f"pictures: {', '.join(sorted(str(path) for path in out.glob('*.png') if '_0' not in path.name))}")
+        say(f"pictures: {', '.join(sorted(map(str, out.glob('*[a-z].png'))))}")
     inception = None
     try:
         require(config.inception != "none", "it takes Inception's weights, --inception auto or FILE", "none")
