@@ -2679,8 +2679,11 @@ def test_fid_is_measured_with_its_protocol_and_never_without_weights(
 ):
     monkeypatch.setattr(df, "CACHE", tmp_path)
     monkeypatch.setitem(df.WEIGHTS, df.INCEPTION, ("http://127.0.0.1:9/inception.pth", "00"))
+    (trained / "ar_1000000.png").touch()
     run(trained, "--stage", "eval", inception="auto")
-    assert "FID: not measured: http://127.0.0.1:9/inception.pth can't be downloaded" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FID: not measured: http://127.0.0.1:9/inception.pth can't be downloaded" in said
+    assert "/samples.png" in said and not re.search(r"\d\.png", said)  # none of those made along the way
     assert "fid" not in json.loads((trained / "results.json").read_text())
     val = df.open_data(df.Config(**TINY), CPU, "val")
     val.pixels, val.labels = val.pixels[:4], val.labels[:4]
@@ -2847,7 +2850,6 @@ def test_the_benchmark_divides_bytes_and_operations_by_what_the_machine_can(caps
     """By hand: the machine's speeds from a time of 2 s, the median of three calls, the share of the larger floor."""
     with monkeypatch.context() as patch:
         patch.setattr(df.Bench, "seconds", lambda self, work: (2.0, 9.0))
-        patch.setattr(torch, "rand", torch.empty)
         bench = df.Bench(CPU)
     assert bench.bandwidth == 2 * 2**26 * 4 / 2 and bench.rate == 2 * 2048**3 / 2
     bench.bandwidth, bench.rate, x = 1e3, 1e6, torch.rand(100, 100)
@@ -3022,14 +3024,15 @@ class OneDtype(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_no_operation_mixes_devices_or_dtypes(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
     """A GPU's tensors, faked: they compute nothing, but an operation of them with a tensor of the CPU fails."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     monkeypatch.setattr(df, "check", lambda *args, **more: None)  # it looks at values, and fakes have none
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)  # or autocast does nothing
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args: True)
     config = df.Config(**TINY | {"num_tokens": 6, "dec_depth": 1, "ar_depth": 1})
-    gpu, R, N = df.Machine(torch.device("cuda", 0), torch.bfloat16), config.image_size, config.num_tokens
+    gpu, R, N = df.Machine(torch.device("cuda", 0), dtype), config.image_size, config.num_tokens
     with fake.FakeTensorMode(), OneDtype():
         with torch.device("cuda"):
             tokenizer, model, disc = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
@@ -3041,7 +3044,7 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch):
             x[0, 0] @ x[0, 0].bfloat16()
         keys, key = torch.arange(4).to(gpu.device), df.root_key(0, "step").to(gpu.device)
         with gpu.autocast():
-            assert tokenizer.to_latent(tokenizer.queries).dtype == torch.bfloat16  # autocast is at work
+            assert tokenizer.to_latent(tokenizer.queries).dtype == dtype  # autocast is at work
             out = tokenizer(x, N, *df.draw_noise(config, keys, N))
             scores = disc(df.degrade(x, config, N // 2), out.pixels[:4], key, keys)
             logits = model(labels, codes, keys)
