@@ -125,6 +125,8 @@ def blame(what, remedy=""):
     anything. Raises Refused, one line."""
     try:
         yield
+    except torch.OutOfMemoryError:                      # of the GPU: that is not what was given
+        raise
     except Exception as error:
         kind, reason = type(error).__name__, " ".join(str(error).split()).split(". ")[0][:200]
         raise Refused(f"{what} ({reason if kind == 'Refused' else f'{kind}: {reason}'}){remedy}") from error
@@ -136,7 +138,7 @@ def blame(what, remedy=""):
 # the same in a batch of 1 or of 64. For an int64 tensor i, uniform(fold(root_key(seed, "codes"), i), 3) gives three
 # numbers for each sample in i. (Only initial weights and the order of images come from torch's own generators, seeded.)
 
-GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+GOLDEN, MIX_1, MIX_2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))   # as int64
 
 def mix(z):
     """Scramble an int64 tensor element by element: the finaliser of splitmix64, a well mixing bijection of 64 bits.
@@ -276,9 +278,11 @@ class Config:
         self.ar_mlp = self.ar_mlp or 256 * math.ceil(int(8 * self.ar_width / 3) / 256)
         for name, unit in (("num_tokens", "group_size"), ("causal_num", "group_size"), ("image_size", "patch_size"),
                            ("image_size", "dec_patch_size"), ("enc_width", "enc_heads"), ("dec_width", "dec_heads"),
-                           ("ar_width", "ar_heads"), *[("dec_patch_size", "patch_size")] * (self.dynamic_prob > 0)):
+                           ("ar_width", "ar_heads")):
             value, of = getattr(self, name), getattr(self, unit)
             require(value % of == 0, f"{name} must be a multiple of {unit} {of}", value)
+        require(not self.dynamic_prob or self.dec_patch_size % self.patch_size == 0, "for dynamic resolution "
+                f"dec_patch_size must be a multiple of patch_size {self.patch_size}", self.dec_patch_size)
         self.enc_grid = self.enc_grid or self.image_size // self.patch_size
         self.dec_grid = self.dec_grid or self.image_size // self.dec_patch_size
         least = self.causal_num + self.group_size
@@ -516,6 +520,9 @@ class Quantizer(nn.Module):
 
 # == 7. Tokenizer: encoder, self-correction, decoder (paper, Sections 3.1 to 3.3) ======================================
 
+# Trained (section 15) on L = |pixels - degrade(image, n)|^2 + vq_loss for the pixels that the first n tokens decode to,
+# clean and self-corrected; the imagenet presets add LPIPS, first-token alignment and the adversarial loss.
+
 class Correction(NamedTuple):   # the rows of the drawing in Tokenizer.correct
     vectors: torch.Tensor   # (B, N, C) to be decoded
     shown: torch.Tensor     # (B, N) the same as codes: what the AR transformer is shown
@@ -531,9 +538,10 @@ class TokenizerOutput(NamedTuple):
     guess: torch.Tensor     # (B, teacher_width) SigLIP 2's feature as predicted by the first token; or None
 
 def draw_noise(config, keys, prefix):
-    """Choose what to spoil in each image of every batch, a group or one of the first c tokens: keys (B,) -> its start
-    (B,), ranks (B, G) as in Tokenizer.correct; or None, None. Never the last parallel group of the prefix, which
-    nothing later could repair. (But the last token of a prefix up to c may be hit, as in the authors' code.)"""
+    """Choose what self-correction spoils in each image: keys (B,) -> start (B,), the first spoilt position, and ranks
+    (B, G): which near code replaces each (0: itself). A start below c means this one token, any other a whole parallel
+    group, but never the prefix's last, which nothing later could repair. (The last token of a prefix up to c may be
+    hit, as in the authors' code.) None, None where nothing is to be spoilt."""
     G, c = config.group_size, config.causal_num
     span = prefix if prefix <= c else prefix - G
     if not config.correction or prefix == 1 or span == 0:
@@ -598,8 +606,7 @@ class Tokenizer(nn.Module):
     def correct(self, patches, clean, start, ranks):
         """Spoil one group of codes and let the encoder compensate in those after it (paper, Section 3.3).
 
-        start (B,): where the noise begins; below c it spoils one token, else a whole group. ranks (B, G): which of
-        the nearest codes replaces a spoilt one, 0 being itself. With N = 8, G = c = 2 and start = 2:
+        start (B,) and ranks (B, G) as from draw_noise. With N = 8, G = c = 2 and start = 2:
 
             token      0   1   2   3   4   5   6   7
             clean      a0  a1  a2  a3  a4  a5  a6  a7      the first pass
@@ -611,13 +618,14 @@ class Tokenizer(nn.Module):
         """
         c, G, N = self.config.causal_num, self.config.group_size, clean.codes.shape[1]
         position, start = torch.arange(N, device=start.device)[None], start[:, None]            # (1, N), (B, 1)
-        place, length = position - start, torch.where(start < c, 1, G)                          # (B, N), (B, 1)
-        noisy, redone = (place >= 0) & (place < length), place >= length                        # (B, N) each
+        offset, length = position - start, torch.where(start < c, 1, G)                         # (B, N), (B, 1)
+        spoilt, redone = (offset >= 0) & (offset < length), offset >= length                    # (B, N) each
 
-        spoilt = clean.latents.take_along_dim((start + position[:, :G])[..., None], 1)          # (B, G, C)
-        near = self.quantizer.nearest(spoilt, self.config.noise_topk)                           # (B, G, noise_topk)
+        # The G latents from start on and codes near them (below c only the first of these is used):
+        latents = clean.latents.take_along_dim((start + position[:, :G])[..., None], 1)         # (B, G, C)
+        near = self.quantizer.nearest(latents, self.config.noise_topk)                          # (B, G, noise_topk)
         wrong = near.take_along_dim(ranks[..., None], 2)[..., 0]                                # (B, G)
-        codes = torch.where(noisy, wrong.gather(1, place.clamp(0, G - 1)), clean.codes)
+        codes = torch.where(spoilt, wrong.gather(1, offset.clamp(0, G - 1)), clean.codes)
 
         given = self.quantizer.lookup(codes).detach()                                           # (B, N, C), no gradient
         again = self.quantizer(self.encode_queries(
@@ -641,14 +649,15 @@ class Tokenizer(nn.Module):
     # -- What the rest of the program calls --
 
     def forward(self, images, prefix, start=None, ranks=None, count=None):
-        """A training pass: the first `prefix` of N [count] tokens decoded; with `start`, also self-corrected."""
+        """A training pass: encode N tokens [the first `count`], decode the first `prefix` of them; with start (B,) and
+        ranks (B, G) also with a group spoilt and repaired, see correct()."""
         patches = self.encode_patches(images)
         clean = self.quantize(patches, count)
         vectors, vq_loss = clean.vectors, clean.error.mean()
         if start is not None:
             fixed = self.correct(patches, clean, start, ranks)
             vectors = torch.cat([vectors, fixed.vectors])                                       # (2B, N, C)
-            # The mean over all encoded tokens: N in the first pass, those after the noise in the second.
+            # The mean over all encoded tokens: N in the first pass, those after the spoilt ones in the second.
             tokens = clean.codes.shape[1] + fixed.redone.sum(1)
             vq_loss = ((clean.error.sum(1) + fixed.error.sum(1)) / tokens).mean()
         pixels = self.decode_vectors(vectors[:, :prefix], decoder_size(self.config, prefix))
@@ -837,7 +846,8 @@ class ARTransformer(nn.Module):
     """Predicts the N codes of an image of a given class, coarse to fine."""
     def __init__(self, config):
         super().__init__()
-        self.config, self.cache, self.dropout = config, [None], dropout
+        self.config, self.cache = config, [None]
+        self.dropout = dropout              # an attribute, which wrap() can compile
         D, V = config.ar_width, config.codebook_size
         self.class_embed = nn.Embedding(config.num_classes + 1, D)          # the last row is the null class
         self.code_embed = nn.Embedding(V, D)
@@ -863,7 +873,8 @@ class ARTransformer(nn.Module):
             table.weight.copy_(std * codebook @ torch.randn(codebook.shape[1], D).to(codebook.device))
 
     def embed(self, labels, codes):
-        """The inputs drawn above, up to k codes given: labels (B,), codes (B, k) -> (B, T, D); specials if k >= c."""
+        """The inputs drawn above, as far as k codes go: labels (B,), codes (B, k) -> (B, T, D) with T = 1 + k; or, from
+        k = c on, where the specials come in, G + k."""
         c = self.config.causal_num
         parts = [self.class_embed(labels)[:, None], self.code_embed(codes[:, :c])]
         if codes.shape[1] >= c:
@@ -957,7 +968,7 @@ def generate(model, labels, guidance=1.0, schedule="constant", temperature=1.0, 
     seed, not on its batch. slow=True recomputes every position in every pass, as the authors' code does: the
     reference that the cache is tested against. Raises Refused."""
     config, device = model.config, model.output.weight.device
-    replace(config, guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p)  # checks
+    replace(config, guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p)  # (checks)
     check(labels, "labels", ("B",), config.num_classes)
     num_tokens, allowed = config.num_tokens if num_tokens is None else num_tokens, prefix_lengths(config)
     require(type(num_tokens) is int and num_tokens in allowed, f"num_tokens must be one of {allowed}", num_tokens)
@@ -1200,14 +1211,16 @@ def load_official(path):
 
 # -- SigLIP 2: the encoder's first layers, and the teacher of first-token alignment (paper, Section 3.4) --
 
-def siglip_tower(path, layers, heads=16):
+SIGLIP_HEADS = 16       # which its file does not tell
+
+def siglip_tower(path, layers):
     """The first layers of SigLIP 2's vision tower, from its model.safetensors: a frozen ViT. The norm after its last
     layer goes after these, as the authors do. Raises Refused."""
     tensors = read_safetensors(path, "vision_model.")
     with blame(f"{path} does not hold SigLIP 2"), torch.device("meta"):     # drawing random numbers would be in vain
         width, depth, mlp, grid = tower_sizes(tensors).values()
         p = math.isqrt(tensors["embeddings.patch_embedding.weight"].shape[1] // 3)
-        tower = ViT(width, layers, heads, mlp, grid, 0.0, p)
+        tower = ViT(width, layers, SIGLIP_HEADS, mlp, grid, 0.0, p)
     rest = "|".join(map(str, range(layers, depth)))
     return fill(tower.to_empty(device="cpu"), path, tensors, SIGLIP_NAMES, rf"head\.|encoder\.layers\.({rest})\.")
 
@@ -1409,10 +1422,10 @@ class Images:
         """uint8 (B, 3, side, side) for each batch, a list of (row number, None or four numbers in [0, 1) to augment
         the image by). Small as these are, they are only mirrored."""
         for batch in batches:
-            table = torch.tensor([(row, u is not None and u[0] < 0.5) for row, u in batch])     # (B, 2)
-            rows, mirrored = table.to(self.pixels.device, non_blocking=True).T[..., None, None, None]
-            images = self.pixels[rows[:, 0, 0, 0]]
-            yield torch.where(mirrored > 0, images.flip(3), images)
+            table = torch.tensor([(row, u is not None and u[0] < 0.5) for row, u in batch])
+            rows, mirrored = table.T.to(self.pixels.device, non_blocking=True)                  # (B,) each
+            images = self.pixels[rows]                                                          # (B, 3, side, side)
+            yield torch.where(mirrored[:, None, None, None] > 0, images.flip(3), images)
 
     def in_order(self, rows, batch):
         """(rows, uint8 images) batch by batch, for a sequence of row numbers."""
@@ -1482,12 +1495,19 @@ class Folder(Images):
             multiprocessing_context=how, pin_memory=torch.cuda.is_available())
 
 def open_data(config, machine, split, side=None, share=1.0, classes=None):
-    """The `train` or `val` images, side x side pixels [image_size] -> Images. Raises Refused."""
+    """The `train` or `val` images, side x side pixels [image_size], which must be of `classes`, where these are given
+    -> Images. Raises Refused."""
     side = side or config.image_size
+
+    def built_in(labels, names, pixels):
+        require(classes in (None, names), f"the classes of --data {config.data} must be those of the training data",
+                f"{', '.join(names[:3])} ... for {', '.join(classes or [])[:100]}")
+        return Images(labels, names, pixels.to(machine.device))
+
     if config.data == "shapes":
         drawn, rows = Shapes(split, side), torch.arange(SHAPES[split])
         pixels = torch.cat([drawn.draw(some) for some in rows.split(500)])
-        return Images(rows % 10, list(drawn.classes), pixels.to(machine.device))
+        return built_in(rows % 10, list(drawn.classes), pixels)
     if config.data == "cifar10":
         require(side == 32, "cifar10 has images of 32 pixels: image_size must be 32", side)
         source = torchvision.datasets.CIFAR10
@@ -1495,7 +1515,7 @@ def open_data(config, machine, split, side=None, share=1.0, classes=None):
         with blame("CIFAR-10 can't be downloaded", remedy), machine.first():
             cifar = source(CACHE, train=split == "train", download=True)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        return Images(torch.tensor(cifar.targets), cifar.classes, pixels.to(machine.device))
+        return built_in(torch.tensor(cifar.targets), cifar.classes, pixels)
     return Folder(config.data, split, side, share, classes, config.workers)
 
 @functools.lru_cache(maxsize=2)
@@ -1635,7 +1655,7 @@ class Optimizers:
         if (self.steps % 10 == 0 or bad.device.type == "cpu") and self.bad_in_a_row >= 10:
             names = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
             raise Refused(f"ten steps in a row had gradients that are not finite, first of {', '.join(names[:3])}: "
-                          "the last checkpoint is good; try a lower learning rate")
+                          "the last checkpoint is good; try a lower learning rate (in another --out)")
         torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), 1.0, norm)   # (a norm of NaN spoils them all)
         for optimizer in self.parts.values():
             optimizer.found_inf = bad
@@ -1707,9 +1727,10 @@ def save_checkpoint(path, config, stage, step, about, parts):
 def load_checkpoint(path, stage):
     """What save_checkpoint wrote, as a dict of tensors on the CPU, its settings as Config. Raises Refused."""
     try:
-        os.stat(path)
+        open(path, "rb").close()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Refused(f"no checkpoint {path}: python detailflow.py --out {Path(path).parent} makes one") from error
+        raise Refused(f"no checkpoint {path}: a wrong path, or not trained yet (python detailflow.py --out FOLDER, "
+                      "with its --preset and --data)") from error
     with blame(f"{path} does not fit", ": delete it and train again"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(not zipfile.ZipFile(path).testzip(), "checksums must be right", "another")      # torch compares none
@@ -1739,9 +1760,9 @@ def resume(path, config, stage, groups, about, parts):
 
 def load_model(path, stage, device="cpu", ema=True):
     """Tokenizer or (stage "ar") ARTransformer from a checkpoint, its averaged weights if it has any, or from a folder
-    of the authors' -> model, about. Raises Refused."""
+    of the authors', or a checkpoint there -> model, about. Raises Refused."""
     kind = Tokenizer if stage == "tokenizer" else ARTransformer
-    if Path(path).is_dir():
+    if Path(path).is_dir() or (Path(path).absolute().parent.parent / "config.json").is_file():
         model, about = load_official(path), {}      # their files name no classes
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
     else:
@@ -1759,7 +1780,7 @@ def load_ar(path, tokenizer, device, ema=True):
                     for m in (tokenizer, model))
     require(ours == theirs, f"{path} must have the N, G, c and V of its tokenizer, {ours}", theirs)
     if ema and made_with.get("tokenizer") not in (None, short_hash(tokenizer)):
-        raise Refused(f"{path} was trained on codes of another tokenizer than this: delete it")
+        raise Refused(f"{path} was trained on codes of another tokenizer: take that one, or delete {path}")
     return model, made_with.get("classes")
 
 def fill_file(path, record, machine, images, work):
@@ -1837,10 +1858,10 @@ class Progress:
 
     def step(self, done, lr, **values):
         """Count a step; every log_every steps write the means since the last line -> is a checkpoint due?
-        A step whose gradient was not finite is left out of the means, and counted: as `skipped`."""
+        A step with a number that is not finite (a gradient's norm, say) is left out of the means: `skipped` counts."""
         self.bar.update()
         self.count += 1
-        taken = torch.stack([v for name, v in values.items() if name.endswith("norm")]).isfinite().all().float()
+        taken = torch.stack([v.detach() for v in values.values()]).isfinite().all().float()
         for name, value in values.items():              # each with its own count: some begin late
             pair = torch.stack([value.detach().nan_to_num(0, 0, 0), torch.ones_like(taken)]) * taken
             self.sums[name] = self.sums.get(name, 0) + pair
@@ -1857,13 +1878,16 @@ class Progress:
             self.leaving = every and int(self.machine.total(torch.tensor(self.asked, device=self.machine.device)))
         return done % self.config.save_every == 0 or done == self.steps or self.leaving > 0
 
-    def saved(self, done):
-        """The checkpoint is written: leave, if that was asked for, or when all is done."""
+    def save(self, done, about, parts):
+        """Write the checkpoint OUT/STAGE.pt; then leave, if that was asked for, or when all is done."""
+        if self.machine.rank == 0:
+            save_checkpoint(self.path.with_name(f"{self.stage}.pt"), self.config, self.stage, done, about, parts)
         self.machine.barrier()
-        if self.leaving or done == self.steps:
+        leaving = self.leaving or (done == self.steps and self.asked)       # (while the last one was written)
+        if leaving or done == self.steps:
             self.bar.close()
             number, Progress.asked = self.asked or signal.SIGTERM, None
-        if self.leaving:
+        if leaving:
             raise KeyboardInterrupt(f"stopped after step {done} of {self.steps} of the {self.stage} stage", number)
 
 # == 14. Pictures ======================================================================================================
@@ -1974,7 +1998,11 @@ def loss_networks(config, machine, model):
     if config.perceptual_weight:
         perceptual = wrap(LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device), config, machine)
     if config.align_weight:
-        tower = wrap(siglip_tower(path(SIGLIP), 27).to(machine.device), config, machine)
+        tower = siglip_tower(path(SIGLIP), 27).to(machine.device)
+        side, width = config.dec_patch_size if config.dynamic_prob else config.image_size, len(tower.norm.weight)
+        require(side % tower.p == 0 and config.teacher_width == width, f"first-token alignment takes teacher_width "
+                f"{width}, image sides that are multiples of {tower.p}", f"{config.teacher_width}, {side}")
+        tower = wrap(tower, config, machine)
     if config.disc_weight:
         disc = PatchDiscriminator(config.image_size) if config.disc == "patch" else DinoDiscriminator(
             wrap(Dino(path(DINO)).to(machine.device), config, machine))
@@ -1982,14 +2010,14 @@ def loss_networks(config, machine, model):
             disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc.to(machine.device)
     if config.enc_init == "siglip2":
+        require(config.enc_heads == SIGLIP_HEADS, f"with SigLIP 2 enc_heads must be {SIGLIP_HEADS}", config.enc_heads)
         with blame(f"the encoder can't start from {SIGLIP}"):
             model.encoder.load_state_dict(siglip_tower(path(SIGLIP), config.enc_depth).state_dict())
     return perceptual, tower, disc
 
 def best_prefix(config):
-    """For each decoder size the token count whose R(n) is closest to it, the longer on a tie: {size: n}."""
-    gaps = {n: decoder_size(config, n) - resolution(config, n) for n in prefix_lengths(config)}
-    return {decoder_size(config, n): n for n in sorted(gaps, key=gaps.get, reverse=True)}   # of each, the last stays
+    """For each decoder size the longest of its prefixes, whose R(n) is closest to it: {size: n}, ascending."""
+    return {decoder_size(config, n): n for n in prefix_lengths(config)}                     # of each, the last n stays
 
 def draw_prefix(config, key):
     """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
@@ -1999,7 +2027,7 @@ def draw_prefix(config, key):
     coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
     if dynamic < config.dynamic_prob:
         least, wanted = config.causal_num + config.group_size, config.min_size + small * (side - config.min_size)
-        sizes = {size: n for size, n in sorted(best_prefix(config).items()) if size >= config.min_size and n >= least}
+        sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= least}
         side = min(sizes, key=lambda size: abs(size - wanted))
         count = sizes[side]
     n = 1 + int(where * (count - config.group_size)) if coarse < config.coarse_prob else count      # 1..count-G, or all
@@ -2081,28 +2109,29 @@ def train_tokenizer(config, machine):
 
         done = step + 1
         if progress.step(done, lr, **values):               # a checkpoint is due
-            if machine.rank == 0:
-                if not progress.leaving:                    # then there may be little time
-                    picture = reconstructions(ema or model, examples(val, machine))
-                    save_picture(picture, out / f"tokenizer_{done:07d}.png")
-                save_checkpoint(out / "tokenizer.pt", config, "tokenizer", done, about, parts)
-            progress.saved(done)
+            if machine.rank == 0 and not progress.leaving:  # (then there may be little time)
+                picture = reconstructions(ema or model, examples(val, machine))
+                save_picture(picture, out / f"tokenizer_{done:07d}.png")
+            progress.save(done, about, parts)
 
 # == 16. Stage two: the AR transformer, on codes that are extracted once ===============================================
 
 def load_tokenizer(config, machine):
-    """OUT/tokenizer.pt, which must have the present settings; or the one that --tokenizer names, whose settings then
-    apply. Raises Refused."""
+    """OUT/tokenizer.pt, which must have the present settings, and its class names; or the one that --tokenizer names,
+    whose settings then apply, for whatever classes: None. Raises Refused."""
     path = Path(config.tokenizer or Path(config.out) / "tokenizer.pt")
-    tokenizer, _ = load_model(path, "tokenizer", machine.device)
+    tokenizer, about = load_model(path, "tokenizer", machine.device)
     for name in (f.name for f in fields(Config) if f.metadata["group"] == "tokenizer" or f.name == "image_size"):
         old, new = getattr(tokenizer.config, name), getattr(config, name)
         require(config.tokenizer or old == new, f"{path} was trained with {name} {old}: the settings must say so", new)
         setattr(config, name, old)
-    return tokenizer
+    config.noise_topk = tokenizer.config.noise_topk
+    replace(config)                                         # (checks that the settings go together)
+    return tokenizer, None if config.tokenizer else about.get("classes")
 
 def extract_codes(config, machine, tokenizer, images):
-    """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it. One
+    """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it (but
+    for the pictures themselves: whoever changes these, but not their number, must delete it). One
     record per image: its label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1
     times larger image, as the authors do; for the built-in sets, of the image with `shift` pixels of its reflection on
     each side, or if `shift` is 0 just the image and its mirror image."""
@@ -2124,8 +2153,9 @@ def extract_codes(config, machine, tokenizer, images):
 
     record = [("label", "i4"), ("codes", "u2", (views, 3, config.num_tokens))]      # u2: V is at most 65,536
     codes = fill_file(path, record, machine, len(images), work)
-    for other in set(path.parent.glob("codes-*")) - {path} if machine.rank == 0 else ():
-        other.unlink()                                      # of another tokenizer
+    if machine.rank == 0:
+        for other in set(path.parent.glob("codes-*")) - {path}:     # of another tokenizer
+            other.unlink()
     machine.say(f"codes: {len(images)} images x {views} views in {path}")
     return codes
 
@@ -2155,9 +2185,9 @@ def val_loss(config, machine, tokenizer, model, images, most):
 
 def train_ar(config, machine):
     """Train OUT/ar.pt on the codes of OUT/tokenizer.pt, or go on with it, up to ar_steps steps. Raises Refused."""
-    out, tokenizer = Path(config.out), load_tokenizer(config, machine)
+    out, (tokenizer, classes) = Path(config.out), load_tokenizer(config, machine)
     side = config.image_size if config.data in BUILT_IN else int(1.1 * config.image_size)
-    images = open_data(config, machine, "train", side=side)
+    images = open_data(config, machine, "train", side=side, classes=classes)
     about = {"classes": images.classes, "images": len(images), "tokenizer": short_hash(tokenizer)}
     torch.manual_seed(config.seed)
     model = ARTransformer(config).to(machine.device)
@@ -2193,14 +2223,12 @@ def train_ar(config, machine):
 
         done = step + 1
         if progress.step(done, lr, loss=mean_loss, grad_norm=norm):
-            if machine.rank == 0:
-                if not progress.leaving:
-                    value = val_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
-                    progress.write(done, {"val_loss": value}, f"held-out loss {value:.4f}")
-                    save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
-                    (ema or model).cache = [None]           # gigabytes at the paper's scale
-                save_checkpoint(out / "ar.pt", config, "ar", done, about, parts)
-            progress.saved(done)
+            if machine.rank == 0 and not progress.leaving:
+                value = val_loss(config, machine, tokenizer, ema or model, val, 512).mean().item()
+                progress.write(done, {"val_loss": value}, f"held-out loss {value:.4f}")
+                save_picture(samples(config, machine, tokenizer, ema or model)[1], out / f"ar_{done:07d}.png")
+                (ema or model).cache = [None]               # gigabytes at the paper's scale
+            progress.save(done, about, parts)
 
 # == 17. Frechet Inception Distance ====================================================================================
 
@@ -2248,7 +2276,7 @@ def moments(config, machine, inception, count, read, change=lambda pixels: pixel
     zeros = functools.partial(torch.zeros, dtype=torch.float64, device=machine.device)
     rows, splits = range(count)[machine.rank::machine.world], math.ceil(count / SPLIT)
     total, outer, p_sum, entropy = zeros(2048), zeros(2048, 2048), zeros(splits, 1008), zeros(splits)
-    hidden = True if machine.rank else None             # None: where there is no terminal
+    hidden = True if machine.rank else None             # None: shown on a terminal only
     for part, pixels in tqdm(read(rows, config.eval_batch), "Inception", leave=False, disable=hidden):
         features, logits = inception(change(pixels.to(machine.device)))
         f, p = features.double(), (logits - inception.fc.bias).double().softmax(-1)     # the score leaves the bias out
@@ -2368,7 +2396,7 @@ def draw_curves(config, found, loss):
 
 def evaluate(config, machine):
     """Measure OUT/tokenizer.pt and OUT/ar.pt, or others given -> OUT/results.json and pictures. Raises Refused."""
-    out, tokenizer, say = Path(config.out), load_tokenizer(config, machine), machine.say
+    out, (tokenizer, _), say = Path(config.out), load_tokenizer(config, machine), machine.say
     model, classes = load_ar(config.ar or out / "ar.pt", tokenizer, machine.device)
     config.num_classes, G = model.config.num_classes, config.group_size
     val = open_data(config, machine, "val", classes=classes)
@@ -2570,11 +2598,18 @@ def run_stages(config, stage):
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:                          # the lock goes when we do, however
         if machine.rank == 0:
-            with blame(f"another run is at work in {out}", ": wait for it, or choose another --out"):
+            try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # unlike flock's, no worker inherits it
+            except (BlockingIOError, PermissionError) as error:
+                raise Refused(f"another run is at work in {out}: wait for it, or choose another --out") from error
+            except OSError as error:                                # some clusters' file systems have no locks
+                machine.say(f"warning: {out} can't be locked ({error.strerror}): start no second run there")
         stages = {"tokenizer": train_tokenizer, "ar": train_ar, "eval": evaluate, "bench": benchmark}
         for name in ("tokenizer", "ar", "eval") if stage == "all" else (stage,):
-            stages[name](config, machine)
+            given = getattr(config, name, "")                       # then there is none to train
+            require(not given or stage == "all", f"--stage {name} must not be given --{name}", given)
+            if not given:
+                stages[name](config, machine)
 
 def guarded(program, job, after_all="the same command goes on from the last checkpoint"):
     """Run a program's job() -> exit status: 0, 2 for a user's mistake, a folder that can't be made, a full disk or

@@ -28,7 +28,7 @@ def parse(argv):
     parser.add_argument("--ar", help="another AR transformer: a checkpoint or the authors' folder")
     parser.add_argument("--out", help="folder for the pictures [the run's folder; samples for the authors']")
     parser.add_argument("--classes", nargs="+", help="names or numbers [all, balanced]")
-    parser.add_argument("--num", type=int, help="images in all [8 a class, of at most 10 classes]")
+    parser.add_argument("--num", type=int, help="images in all [8 a class; pictures: of at most 10 classes]")
     parser.add_argument("--tokens", type=int, help="stop after so many tokens: a smaller picture, sooner [N]")
     parser.add_argument("--image", help="a picture to rebuild, in place of drawing")
     parser.add_argument("--npz", help="write the images there instead of pictures")
@@ -107,20 +107,19 @@ def work(args):
     given = {k: v for k, v in vars(args).items() if k in SETTINGS and v is not None}
     machine = df.start_machine(df.Config(**given))
     out = Path(args.out or ("samples" if args.tokenizer else run))
+    batches = sorted({1, 4, args.batch})
     if args.bench:
         df.require(args.bench in df.PRESETS, f"--bench must be one of {', '.join(df.PRESETS)}", args.bench)
-        tokenizer, model = df.random_models(df.Config(**df.PRESETS[args.bench] | given), machine)
-    else:
-        path = args.tokenizer or run / "tokenizer.pt"
-        tokenizer, _ = df.load_model(path, "tokenizer", machine.device, not args.no_ema)
+        models = df.random_models(df.Config(**df.PRESETS[args.bench] | given), machine)
+        return df.bench_sampling(df.Bench(machine), *models, batches)
+    tokenizer, _ = df.load_model(args.tokenizer or run / "tokenizer.pt", "tokenizer", machine.device, not args.no_ema)
     if args.image:
         out.mkdir(parents=True, exist_ok=True)
         return rebuild(args, tokenizer, machine, out)
-    if not args.bench:
-        model, names = df.load_ar(args.ar or run / "ar.pt", tokenizer, machine.device, not args.no_ema)
-        model.config = dataclasses.replace(model.config, **given)
-    if args.bench is not None:
-        return df.bench_sampling(df.Bench(machine), tokenizer, model, sorted({1, 4, args.batch}))
+    model, names = df.load_ar(args.ar or run / "ar.pt", tokenizer, machine.device, not args.no_ema)
+    model.config = dataclasses.replace(model.config, **given)
+    if args.bench == "":                                # of the run's own models
+        return df.bench_sampling(df.Bench(machine), tokenizer, model, batches)
     out.mkdir(parents=True, exist_ok=True)
     draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
 

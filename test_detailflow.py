@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import errno
 import functools
 import gc
 import hashlib
@@ -1016,14 +1017,14 @@ def test_the_latest_checkpoint_is_taken_or_the_one_that_is_named(theirs, tmp_pat
     official_folder(tmp_path, prefixed, heads(v["config"]), step="0001000", yaml="degradation_power: 2.25\n")
     latest = df.load_official(tmp_path)
     assert torch.equal(latest.encode(v["x"]), v["indices"]) and latest.config.alpha == 2.25
-    named = df.load_official(tmp_path / "checkpoints" / "900.pt")
+    named, _ = df.load_model(tmp_path / "checkpoints" / "900.pt", "tokenizer")
     close(named.queries.data, v["state_dict"]["encoder.latent_tokens"] + 1, 0)
     with pytest.raises(df.Refused, match=r"checkpoints/\*\.pt"):
         df.load_official(tmp_path / "checkpoints")
 
 
 @needs_shared
-def test_first_token_alignment_equals_the_authors(theirs, tmp_path):
+def test_first_token_alignment_equals_the_authors(theirs, tmp_path, monkeypatch):
     """The teacher's last norm applied once; heads or the alignment MLP wrong; the teacher left in the tokenizer."""
     v, a = theirs["tokenizer"], theirs["alignment"]
     extra = a["state_dict_extra"]
@@ -1031,7 +1032,8 @@ def test_first_token_alignment_equals_the_authors(theirs, tmp_path):
     assert (model.config.align_weight, model.config.align_width, model.config.teacher_width) == (1.0, 24, 36)
     tower = {f"vision_model.{n.removeprefix('repa_model.visual_model.')}": t for n, t in extra.items() if "repa" in n}
     write_safetensors(tmp_path / "siglip.safetensors", tower)
-    tower = df.siglip_tower(tmp_path / "siglip.safetensors", 2, heads=3)
+    monkeypatch.setattr(df, "SIGLIP_HEADS", 3)
+    tower = df.siglip_tower(tmp_path / "siglip.safetensors", 2)
     close(tower.norm(tower(tower.embed(v["x"]))), a["teacher_features"])
     out = model.requires_grad_(True)(v["x"], 16)
     loss = df.alignment_loss(out.guess, tower, v["x"])
@@ -1897,6 +1899,21 @@ def siglip_stand_in(path, width=48, depth=27, hidden=80, grid=4, patch=4):
     write_safetensors(path, {f"vision_model.{name}": tensor for name, tensor in tensors.items()})
 
 
+def test_sizes_that_siglip2_does_not_go_with_are_refused_before_training(tmp_path, config):
+    """Heads are in no tensor: the weights of 16 would load into 2, and mean nothing."""
+    siglip_stand_in(tmp_path / df.SIGLIP)
+    like = {"weights": str(tmp_path), "enc_width": 48, "enc_mlp": 80, "enc_grid": 4}
+    for wrong, reason in (
+        ({"align_weight": 0.0, "enc_init": "siglip2", "enc_heads": 2}, "enc_heads must be 16, got 2"),
+        ({}, "teacher_width 48, image sides that are multiples of 4, got 1152, 16"),
+        ({"teacher_width": 48, "image_size": 18, "patch_size": 3, "dec_patch_size": 3}, "48, 18"),
+        ({"teacher_width": 48, "patch_size": 2, "dec_patch_size": 2, "dynamic_prob": 0.5}, "48, 2"),
+    ):
+        ours = df.replace(config, **like | {"align_weight": 1.0} | wrong)
+        with pytest.raises(df.Refused, match=reason):
+            df.loss_networks(ours, CPU, df.Tokenizer(df.replace(ours, align_weight=0.0)))
+
+
 def test_the_papers_training_adds_up_all_its_losses(nets, tmp_path, monkeypatch):
     """LPIPS, alignment, DINO and the encoder's start together, as the imagenet presets train, on small networks."""
     weights = tmp_path / "weights"
@@ -2100,7 +2117,7 @@ def test_each_stage_opens_the_images_that_it_needs(folder, tmp_path, monkeypatch
     monkeypatch.setattr(df, "Folder", lambda *args: opened.append(args[1:5]) or real(*args))
     assert df.main(command(tmp_path, folder, crop=0.5, tok_steps=1, ar_steps=1)) == 0
     val = ("val", 16, 1.0, names)
-    assert opened == [("train", 16), ("train", 16, 0.5, None), val, ("train", 17, 1.0, None), val, val]
+    assert opened == [("train", 16), ("train", 16, 0.5, None), val, ("train", 17, 1.0, names), val, val]
     assert len(weights(tmp_path / "ar.pt")["model.class_embed.weight"]) == 3  # and none
 
 
@@ -2215,7 +2232,7 @@ def test_the_log_has_means_of_the_steps_that_each_number_was_there(tmp_path):
         loss = math.nan if math.isnan(norm) else 2.0 * done
         other = torch.tensor(math.nan if done == 6 else 0.0)
         progress.step(done, 0.1, loss=torch.tensor(loss), grad_norm=torch.tensor(norm), disc_grad_norm=other, **late)
-    progress.saved(6)
+    progress.save(6, {}, {})
     record = df.read_log(tmp_path / "log.jsonl")[-1]
     assert (record["loss"], record["grad_norm"], record["late"], record["skipped"]) == (6, 4, 4.5, 2)
     assert record["images_per_s"] == pytest.approx(6 * 8 / 100, rel=0.1) and time.time() - progress.since < 50
@@ -2289,6 +2306,16 @@ def test_the_repairs_are_the_codes_that_correct_makes(tokenizer, config):
 def weights(path):
     state = torch.load(path, weights_only=True)
     return {f"{part}.{k}": v for part in ("model", "ema", "disc") if part in state for k, v in state[part].items()}
+
+
+def test_a_full_gpu_is_not_blamed_on_the_checkpoint(trained, monkeypatch, capsys):
+    """Else a user deletes what took weeks: "does not fit, delete it"."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(df.torch.optim.AdamW, "load_state_dict", full)
+    run(trained, "--stage", "tokenizer", expect=2, disc_weight=0.2, disc_start=3, tok_steps=7)
+    assert one_error(capsys.readouterr().err) == "detailflow: CUDA out of memory. Tried to allocate 2 GiB"
 
 
 def test_other_settings_or_another_tokenizer_are_refused_not_mixed(trained, folder, tmp_path, capsys):
@@ -3389,9 +3416,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, t
     same_weights(small, tmp_path)
 
 
-def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatch, capsys):
-    step = df.Optimizers.step
-    monkeypatch.setattr(df.Optimizers, "step", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args))
+@pytest.mark.parametrize("holder, name", [(df.Optimizers, "step"), (df, "save_checkpoint")])
+def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatch, capsys, holder, name):
+    real = getattr(holder, name)
+    monkeypatch.setattr(holder, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or real(*args))
     assert df.main(command(tmp_path, folder, tok_steps=1, disc_weight=0)) == 143
     assert "after step 1 of 1 of the tokenizer stage; the same" in capsys.readouterr().err
     assert (tmp_path / "tokenizer.pt").exists() and not (tmp_path / "ar.pt").exists()
@@ -3806,7 +3834,8 @@ def spoil(monkeypatch, bad_steps, how):
 @pytest.mark.parametrize("how", [math.nan, math.inf, "loss"])
 def test_steps_that_are_not_finite_change_nothing_and_are_counted(small, folder, tmp_path, monkeypatch, stage, how):
     shutil.copy(small / "tokenizer.pt", tmp_path)
-    argv = command(tmp_path / stage, folder, tokenizer=small / "tokenizer.pt", disc_weight=0, save_every=1)
+    given = {"tokenizer": small / "tokenizer.pt"} if stage == "ar" else {}
+    argv = command(tmp_path / stage, folder, disc_weight=0, save_every=1, **given)
     spoil(monkeypatch, {1, 3}, how)
     seen, save = [], df.save_checkpoint
     monkeypatch.setattr(df, "save_checkpoint", lambda *a: seen.append(copy_of(a[-1]["model"])) or save(*a))
@@ -3827,9 +3856,10 @@ def copy_of(model):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "ar"])
 def test_ten_bad_steps_in_a_row_stop_and_name_the_tensor(small, folder, tmp_path, monkeypatch, capsys, stage):
+    given = {"tokenizer": small / "tokenizer.pt"} if stage == "ar" else {}
     for first, length, status in ((3, 10, 2), (3, 9, 0)):
         out = tmp_path / str(length)
-        argv = command(out, folder, tokenizer=small / "tokenizer.pt", disc_weight=0, tok_steps=15, ar_steps=15)
+        argv = command(out, folder, disc_weight=0, tok_steps=15, ar_steps=15, **given)
         with monkeypatch.context() as patch:
             spoil(patch, range(first, first + length), math.nan)
             assert df.main([*argv, "--stage", stage]) == status
@@ -4047,6 +4077,56 @@ def test_four_ranks_train_like_one_and_a_killed_job_resumes_on_two(small, folder
     like_one_process(small, tmp_path / "killed", ["tokenizer.pt"], tolerance=1e-4)
 
 
+def test_a_folder_that_can_not_be_locked_is_used_with_a_warning(small, folder, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(df.fcntl, "lockf", lockf)
+    assert df.main([*command(tmp_path, folder, tok_steps=1, disc_weight=0), "--stage", "tokenizer"]) == 0
+    assert "can't be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_models_are_not_measured_or_trained_on_other_data_than_they_were_made_of(small, folder, tmp_path, capsys):
+    """As when --data is left out: the built-in set would take the folder's place."""
+    shutil.copy(small / "tokenizer.pt", tmp_path)
+    half_done = tmp_path / "codes-0123456789abcdef.part"
+    half_done.touch()
+    for out, stage in ((small, "eval"), (tmp_path, "ar")):
+        assert df.main([*command(out, "shapes"), "--stage", stage]) == 2
+        error = one_error(capsys.readouterr().err)
+        assert "classes of --data shapes must be those of the training data, got disc, ring" in error, error
+        assert "for cat, dog" in error
+    assert half_done.exists() and json.loads((small / "results.json").read_text())["config"]["data"] == str(folder)
+
+
+def test_a_model_that_is_given_is_not_trained_again(small, folder, tmp_path, monkeypatch):
+    for stage in ("train_tokenizer", "train_ar", "evaluate"):
+        monkeypatch.setattr(df, stage, lambda *_, stage=stage: done.append(stage))
+    for given, wanted in (
+        ([], ["train_tokenizer", "train_ar", "evaluate"]),
+        (["tokenizer"], ["train_ar", "evaluate"]),
+        (["tokenizer", "ar"], ["evaluate"]),
+    ):
+        done = []
+        assert df.main(command(tmp_path, folder, **{name: small / f"{name}.pt" for name in given})) == 0
+        assert done == wanted
+
+
+def test_a_foreign_tokenizers_settings_are_checked_with_ours_before_training(small, tmp_path):
+    """Else the first samples would be refused, after save_every steps, and nothing saved."""
+    loaded = df.load_checkpoint(small / "tokenizer.pt", "tokenizer")["config"]
+    loaded = df.replace(loaded, codebook_size=4, noise_topk=4)
+    torch.manual_seed(0)
+    tokenizer = df.Tokenizer(loaded)
+    df.save_checkpoint(tmp_path / "it.pt", loaded, "tokenizer", 1, {}, {"model": tokenizer})
+    ours = df.Config(**TINY, tokenizer=str(tmp_path / "it.pt"), out=str(tmp_path))
+    df.load_tokenizer(ours, CPU)
+    assert (ours.codebook_size, ours.noise_topk) == (4, 4) and df.replace(ours)
+    with pytest.raises(df.Refused, match="shift must be less"):
+        ours = df.Config(**TINY | {"image_size": 32}, shift=20, tokenizer=str(tmp_path / "it.pt"), out=str(tmp_path))
+        df.load_tokenizer(ours, CPU)
+
+
 def test_two_runs_in_one_folder_the_second_is_refused(folder, tmp_path, capsys):
     argv, log = [*command(tmp_path, folder), "--stage", "tokenizer"], tmp_path / "log"
     process = start(argv, log, functools.partial(slow_steps, 0.1))
@@ -4138,13 +4218,15 @@ WRONG = """
 --preset imagenet | invalid choice: 'imagenet'
 --stage train | invalid choice: 'train'
 --stage ar --tokenizer nowhere.pt | nowhere.pt
---stage ar | tokenizer.pt: python detailflow.py --out
---stage eval | tokenizer.pt: python detailflow.py --out
+--stage tokenizer --tokenizer x.pt | --stage tokenizer must not be given --tokenizer, got x.pt
+--stage ar --ar x.pt | --stage ar must not be given --ar, got x.pt
+--stage ar | tokenizer.pt: a wrong path, or not trained yet (python detailflow.py --out
+--stage eval | tokenizer.pt: a wrong path, or not trained yet (python detailflow.py --out
 --out /proc/nope | /proc/nope
 extra | unrecognized arguments: extra
 """
 WRONG_SAMPLE = """
---run nowhere | no checkpoint nowhere/tokenizer.pt: python detailflow.py --out
+--run nowhere | no checkpoint nowhere/tokenizer.pt: a wrong path, or not trained yet
 --tokenizer nowhere.pt | nowhere.pt
 --ar {run}/tokenizer.pt | must be a checkpoint of the ar stage
 --tokenizer {run}/log.jsonl | log.jsonl does not fit
