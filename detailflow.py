@@ -2069,10 +2069,10 @@ def train_tokenizer(config, machine):
         values, results = {}, []
         for x, x_keys in zip(images.chunk(config.grad_accum), keys.chunk(config.grad_accum), strict=True):
             x = resize(x, side)
-            noise_start, ranks = draw_noise(config, x_keys, prefix)
+            spoilt_start, ranks = draw_noise(config, x_keys, prefix)
             target = x if prefix == count else degrade(x, config, prefix)                   # (b, 3, S, S)
             with machine.autocast():
-                made = distributed(x, prefix, noise_start, ranks, count)
+                made = distributed(x, prefix, spoilt_start, ranks, count)
                 copies = len(made.pixels) // len(x)                                         # 2 if self-corrected
                 target = target.repeat(copies, 1, 1, 1)
                 image_keys = torch.cat([fold(x_keys, 1 + i) for i in range(copies)])        # (copies b,)
