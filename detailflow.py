@@ -1761,8 +1761,9 @@ def resume(path, config, stage, groups, about, parts):
 def load_model(path, stage, device="cpu", ema=True):
     """Tokenizer or (stage "ar") ARTransformer from a checkpoint, its averaged weights if it has any, or from a folder
     of the authors', or a checkpoint there -> model, about. Raises Refused."""
-    kind = Tokenizer if stage == "tokenizer" else ARTransformer
-    if Path(path).is_dir() or (Path(path).absolute().parent.parent / "config.json").is_file():
+    kind, folder = Tokenizer if stage == "tokenizer" else ARTransformer, Path(path).absolute().parent
+    theirs = folder.name == "checkpoints" and (folder.parent / "config.json").is_file()
+    if Path(path).is_dir() or theirs:
         model, about = load_official(path), {}      # their files name no classes
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
     else:
@@ -2131,10 +2132,10 @@ def load_tokenizer(config, machine):
 
 def extract_codes(config, machine, tokenizer, images):
     """Codes of the training images, in a memory-mapped file that is made when missing, named by what went into it (but
-    for the pictures themselves: whoever changes these, but not their number, must delete it). One
-    record per image: its label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1
-    times larger image, as the authors do; for the built-in sets, of the image with `shift` pixels of its reflection on
-    each side, or if `shift` is 0 just the image and its mirror image."""
+    for the pictures themselves: whoever changes these, but not their number, must delete it). One record per image: its
+    label, and codes (views, 3, N): clean, shown, targets. Views: for folders, ten crops of a 1.1 times larger image, as
+    the authors do; for the built-in sets, of the image with `shift` pixels of its reflection on each side, or if
+    `shift` is 0 just the image and its mirror image."""
     shift = config.shift if config.data in BUILT_IN else 0
     views = 10 if shift or config.data not in BUILT_IN else 2
     made_of = short_hash(tokenizer, images.classes, len(images), config.data, config.image_size, config.seed,

@@ -1085,6 +1085,16 @@ def test_a_tensor_that_does_not_fit_is_named_as_their_file_names_it(theirs, tmp_
     assert "\n" not in str(caught.value) and "1.pt" in str(caught.value)
 
 
+@pytest.mark.parametrize("folder, place", [("run", "config.json"), ("checkpoints", "checkpoints/config.json")])
+def test_our_own_checkpoint_is_not_taken_for_the_authors(config, tokenizer, tmp_path, folder, place):
+    """A project that trains into ./run and has a config.json of its own; a run folder called checkpoints."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / place).write_text("{}")
+    df.save_checkpoint(tmp_path / folder / "tokenizer.pt", config, "tokenizer", 1, {}, {"model": tokenizer})
+    again, _ = df.load_model(tmp_path / folder / "tokenizer.pt", "tokenizer")
+    assert torch.equal(again.queries, tokenizer.queries)
+
+
 @needs_shared
 @pytest.mark.parametrize(
     "kind, change, said",
@@ -4077,7 +4087,7 @@ def test_four_ranks_train_like_one_and_a_killed_job_resumes_on_two(small, folder
     like_one_process(small, tmp_path / "killed", ["tokenizer.pt"], tolerance=1e-4)
 
 
-def test_a_folder_that_can_not_be_locked_is_used_with_a_warning(small, folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_can_not_be_locked_is_used_with_a_warning(folder, tmp_path, monkeypatch, capsys):
     def lockf(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
