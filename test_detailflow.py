@@ -231,6 +231,7 @@ def test_imagenet_presets_train_as_the_authors_did():
     theirs |= {"ar_steps": 300 * epoch, "ar_warmup": 15 * epoch, "ar_batch": 256, "ar_lr": 1e-4, "ar_ema": 0.9999}
     theirs |= {"ar_weight_decay": 0.05, "dropout": 0.1, "class_dropout": 0.1, "correction_share": 0.3}
     theirs |= {"codebook_start": False, "temperature": 1, "top_k": 0, "top_p": 1, "schedule": "constant"}
+    theirs |= {"eval_samples": 50000}
     about = {"vocab_size": 8192, "num_classes": 1000, "dim": 64, "n_layer": 1, "n_head": 4, "group_size": 8}
     w1 = {"layers.0.feed_forward.w1.weight": torch.empty(256, 64)}
     for tokens, guidance in ((128, 1.45), (256, 1.5), (512, 1.32)):
@@ -740,6 +741,8 @@ def test_sampling_weights_are_cast_once_and_angles_stay_exact(tokenizer, ar, mon
             codes = df.generate(ar, labels, guidance=2.0, seeds=range(8))
             assert torch.equal(codes[3:5], df.generate(ar, labels[3:5], guidance=2.0, seeds=range(3, 5)))
     assert {logits.dtype for logits, *_ in drawn_from} == {torch.float32}
+    u = torch.cat([u for _, u, *_ in drawn_from[:6]], dim=1)
+    assert u.shape == (8, 12) and len(u.unique()) == 8 * 12  # no random number twice
 
 
 def test_an_image_depends_on_its_seed_and_label_not_on_its_batch(ar):
@@ -783,6 +786,7 @@ def test_codes_are_drawn_with_their_probabilities():
 def test_top_k_keeps_ties_and_top_p_keeps_the_code_that_reaches_it():
     logits = torch.tensor([3.0, 2.0, 2.0, 1.0])
     assert (df.filter_logits(logits, top_k=2) > -math.inf).tolist() == [True, True, True, False]
+    assert torch.equal(df.filter_logits(logits, top_k=9), logits)  # more than there are
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     assert (df.filter_logits(logits, top_p=0.6) > -math.inf).tolist() == [False, True, True]
     assert (df.filter_logits(logits, top_p=0.4) > -math.inf).tolist() == [False, True, False]
@@ -1251,7 +1255,11 @@ def test_their_published_sizes_need_no_head_counts():
         shapes |= {f"{stem}encoder.layers.{i}.mlp.fc1.bias": (mlp,) for i in range(12)}
     about = {"max_image_size": 256, "enc_patch_size": 16, "dec_patch_size": 16, "group_size": 8, "causal_num": None}
     about |= {"num_latent_tokens": 128, "codebook_size": 8192, "codebook_embed_dim": 8, "commit_loss_beta": 0.25}
-    config = df.official_config(about, 1.5, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
+    tensors = {n: torch.empty(s, device="meta") for n, s in shapes.items()}
+    config = df.official_config(about, 1.5, tensors)
+    names = "num_latent_tokens", "codebook_size", "codebook_embed_dim", "commit_loss_beta", "max_image_size"
+    silent = about | dict.fromkeys(names) | {"image_size": 256}  # null is as good as absent: the tensors tell
+    assert df.official_config(silent, 1.5, tensors) == config
     for name in ("enc_heads", "dec_heads", "enc_depth", "enc_mlp", "dec_mlp", "num_tokens", "group_size", "causal_num"):
         assert getattr(config, name) == getattr(df.Config(**df.PRESETS["imagenet-16"]), name), name
 
@@ -1920,6 +1928,7 @@ def test_sizes_that_siglip2_does_not_go_with_are_refused_before_training(tmp_pat
     like = {"weights": str(tmp_path), "enc_width": 48, "enc_mlp": 80, "enc_grid": 4}
     for wrong, reason in (
         ({"align_weight": 0.0, "enc_init": "siglip2", "enc_heads": 2}, "enc_heads must be 16, got 2"),
+        ({"align_weight": 0.0, "enc_init": "siglip2", "enc_heads": 16, "enc_width": 32}, "encoder can't start"),
         ({}, "teacher_width 48, image sides that are multiples of 4, got 1152, 16"),
         ({"teacher_width": 48, "image_size": 18, "patch_size": 3, "dec_patch_size": 3}, "48, 18"),
         ({"teacher_width": 48, "patch_size": 2, "dec_patch_size": 2, "dynamic_prob": 0.5}, "48, 2"),
@@ -2078,6 +2087,11 @@ def test_every_twentieth_image_of_a_folder_without_splits_is_for_validation(tmp_
         Image.new("RGB", (4, 4)).save(file)
     train, val = ([path for path, _ in df.Folder(tmp_path, split, 16).samples] for split in ("train", "val"))
     assert val == [str(files[19]), str(files[39])] and train == [str(f) for f in files if str(f) not in val]
+    shutil.rmtree(tmp_path / "dog")
+    files[0].unlink()
+    df.Folder.scan.cache_clear()
+    train, val = (df.Folder(tmp_path, split, 16).samples for split in ("train", "val"))
+    assert len(train) == 19 and val == train  # too few to keep any
 
 
 def test_streamed_and_interrupted_batches_are_the_same_as_before(tmp_path):
@@ -2173,7 +2187,7 @@ def test_codes_are_those_of_an_image_and_its_mirror_and_older_files_go(config, t
 
 
 def test_shifted_views_are_ten_crops_of_an_image_mirrored_at_its_edge(config, tokenizer, tmp_path):
-    config = df.replace(config, out=str(tmp_path), correction=False, shift=3)
+    config = df.replace(config, out=str(tmp_path), correction=False, shift=3, eval_batch=9)  # less than ten views
     images, R, tokenizer.config.correction = df.open_data(config, CPU, "val"), config.image_size, False
     records = df.extract_codes(config, CPU, tokenizer, images)
     assert records["codes"].shape == (len(images), 10, 3, config.num_tokens)
@@ -2283,9 +2297,12 @@ def test_the_log_has_means_of_the_steps_that_each_number_was_there(tmp_path):
     assert record["images_per_s"] == pytest.approx(6 * 8 / 100, rel=0.1) and time.time() - progress.since < 50
 
 
-def test_a_plot_draws_its_points_where_the_axes_say(tmp_path):
-    """By hand: 720 x 420 pixels, one curve, so that x runs from 70 to 690 and y from 380 up to 50."""
+def test_a_plot_draws_its_points_where_the_axes_say(tmp_path, monkeypatch):
+    """By hand: 720 x 420 pixels, two names, so that x runs from 70 to 690 and y from 380 up to 70."""
+    said = spied(monkeypatch, df.ImageDraw.ImageDraw, "text")
     df.save_plot(tmp_path / "plot.png", "title", {"curve": [(0, 5), (10, 5), (10, 7)], "": [(0, 5)]})
+    places = {text: tuple(place) for _, place, text, *_ in said}
+    assert (places["7"], places["5.5"], places["10"], places["2.5"]) == ((62, 70), (62, 302.5), (690, 388), (225, 388))
     with Image.open(tmp_path / "plot.png") as picture:
         blue = np.array(picture) == (65, 105, 225)
     assert (
@@ -2364,8 +2381,29 @@ def test_the_log_has_a_line_for_the_last_step_too(config, tmp_path):
     progress = df.Progress(df.replace(config, out=str(tmp_path), log_every=4), CPU, "tokenizer", 0, 6, 8)
     for done in range(1, 7):
         progress.step(done, 0.1, grad_norm=torch.tensor(1.0))
+    assert df.Progress.asked == 0
     progress.save(6, {}, {})
+    assert df.Progress.asked is None  # from here on a signal stops at once
     assert [r["step"] for r in df.read_log(tmp_path / "log.jsonl") if "lr" in r] == [4, 6]
+
+
+def test_bad_steps_among_good_ones_do_not_stop_a_run():
+    model = nn.Linear(2, 2)
+    optimizers = df.Optimizers(model, "adamw", 1e-3)
+    for step in range(24):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan if step % 2 else 1.0)
+        optimizers.step(1e-3)  # twelve in all, but never ten in a row
+
+
+def test_a_run_that_is_told_to_stop_saves_and_draws_no_pictures(folder, tmp_path, monkeypatch):
+    """A cluster grants half a minute."""
+    step = df.Optimizers.step
+    monkeypatch.setattr(df.Optimizers, "step", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args))
+    for stage in ("tokenizer", "ar"):
+        argv = command(tmp_path, folder, tok_steps=1, ar_steps=1, disc_weight=0)
+        assert df.main([*argv, "--stage", stage]) == 143
+        assert (tmp_path / f"{stage}.pt").exists() and not list(tmp_path.glob("*.png"))
 
 
 def test_a_model_of_other_classes_than_the_data_is_measured_on_its_own(trained, tmp_path):
@@ -2376,6 +2414,7 @@ def test_a_model_of_other_classes_than_the_data_is_measured_on_its_own(trained, 
     df.save_checkpoint(tmp_path / "ar.pt", config, "ar", 1, about, {"model": df.ARTransformer(config)})
     run(tmp_path / "out", "--stage", "eval", tokenizer=trained / "tokenizer.pt", ar=tmp_path / "ar.pt")
     assert json.loads((tmp_path / "out/results.json").read_text())["config"]["num_classes"] == 12
+    assert tiles(tmp_path / "out/samples.png").shape[:2] == (10, 8)  # of a thousand classes too
 
 
 def test_a_batch_that_processes_can_not_share_is_refused(folder, tmp_path, monkeypatch, capsys):
@@ -2450,14 +2489,26 @@ def test_a_file_of_records_is_whole_when_it_gets_its_name_and_goes_on_where_it_b
     def work(rows, broken):
         for row in rows:
             done.append(row)
-            yield [row], {"a": torch.tensor([row]), "b": torch.zeros(1, 9 if broken and row == 2 else 2)}
+            yield [row], {"a": torch.tensor([row]), "b": torch.zeros(1, 9 if broken and row == 1 else 2)}
 
     for broken in (True, False):
         with pytest.raises(ValueError) if broken else contextlib.nullcontext():
             fill = functools.partial(df.fill_file, tmp_path / "x.npy", [("a", "i4"), ("b", "f4", (2,))], CPU, 3)
             records = fill(functools.partial(work, broken=broken))
         assert (tmp_path / "x.npy").exists() != broken
-    assert done == [0, 1, 2, 2] and records["a"].tolist() == [0, 1, 2]
+    assert done == [0, 1, 2, 1, 2] and records["a"].tolist() == [0, 1, 2]
+
+
+def test_a_file_of_records_gets_its_name_when_all_processes_have_written_their_share(tmp_path, monkeypatch):
+    path, there, rows = tmp_path / "x.npy", [], []
+    monkeypatch.setattr(df.dist, "barrier", lambda: there.append(path.exists()))
+
+    def work(todo):
+        rows.extend(todo)
+        return iter([([row], {"a": torch.tensor([row])}) for row in todo])
+
+    df.fill_file(path, [("a", "i4")], CPU._replace(world=2), 3, work)
+    assert rows == [0, 2] and there == [False, False, False, True]
 
 
 def test_training_starts_from_the_codebook_where_asked_for(trained, tmp_path):
@@ -2481,6 +2532,8 @@ def test_held_out_loss_is_the_mean_over_every_so_manieth_image(config, tokenizer
 def test_psnr_by_hand():
     x = torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)
     assert df.psnr(df.to_float(x), df.to_float(x + 10)).item() == pytest.approx(20 * math.log10(255 / 10))
+    bright = torch.full((1, 3, 8, 8), 1.5)  # no brighter than 1 on a screen; and JSON knows no infinity
+    assert df.psnr(bright, bright.clamp(max=1)).item() == pytest.approx(10 * math.log10(255**2 / 1e-3))
 
 
 def test_the_tokenizers_measures_by_hand(config, tokenizer):
@@ -2518,7 +2571,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(folder, tmp_path):
         logs.append(df.read_log(tmp_path / str(accum) / "log.jsonl")[-1])
     one, two = (weights(tmp_path / str(accum) / "tokenizer.pt") for accum in (1, 2))
     torch.testing.assert_close(one["model.to_pixels.weight"], two["model.to_pixels.weight"], rtol=1e-3, atol=1e-5)
-    assert logs[0].keys() == logs[1].keys() and logs[0]["usage"] > 0
+    assert logs[0].keys() == logs[1].keys() and 0 < logs[0]["usage"] <= 1 < logs[0]["perplexity"]
     for name in logs[0].keys() - {"stage", "images_per_s"}:  # spectral norms change with every look
         assert logs[0][name] == pytest.approx(logs[1][name], rel=0.3 if "disc" in name or "adv" in name else 1e-3), name
     logs = []
@@ -2550,10 +2603,13 @@ def test_steps_of_the_tokenizer_compare_prefixes_with_their_targets(folder, tmp_
     assert [args[2] for args in hinges] == [0.2] * 5
     keys = [df.root_key(4, f"revive {step}") for step in (0, 2)]  # in the first 60% of six steps
     assert all(map(torch.equal, (args[2] for args in restarts), keys)) and len(restarts) == 2
+    for quantizer, latents, *_ in restarts:  # that of the model in training, not of its average; the whole batch
+        assert quantizer is passes[0][0].quantizer and len(latents) == 8
 
 
 def test_steps_of_the_transformer_are_shown_and_predict_what_their_batch_says(small, folder, tmp_path, monkeypatch):
     passes, losses = spied(monkeypatch, df.ARTransformer, "forward"), spied(monkeypatch, F, "cross_entropy")
+    drawn = spied(monkeypatch, df, "samples")
     argv = command(tmp_path, folder, tokenizer=small / "tokenizer.pt")
     assert df.main([*argv, "--stage", "ar"]) == 0
     codes, config, spoilt = np.load(next(tmp_path.glob("codes-*"))), df.parse(argv)[0], 0
@@ -2563,18 +2619,28 @@ def test_steps_of_the_transformer_are_shown_and_predict_what_their_batch_says(sm
         assert all(map(torch.equal, (*given, predicted), (labels, shown, keys, target.flatten())))
         spoilt += (shown != target).any().item()
     assert len(passes) == 6 and spoilt > 3
+    assert drawn and all(model.cache == [None] for *_, model in drawn)  # gigabytes at the paper's scale: let go
 
 
-def test_averages_take_in_every_step_with_the_decay_of_their_stage(folder, tmp_path, monkeypatch):
+def test_each_stage_takes_its_own_settings_and_its_average_every_step(folder, tmp_path, monkeypatch):
+    """Settings that differ between the stages, as those of TINY do not."""
     taken, update = [], df.update_ema
+    rates, batches = spied(monkeypatch, df, "learning_rate"), spied(monkeypatch, df, "batch_rows")
+    made = spied(monkeypatch, df.Progress, "__init__")
     monkeypatch.setattr(
         df, "update_ema", lambda ema, model, *how: taken.append((*how, copy_of(model))) or update(ema, model, *how)
     )
-    assert df.main(command(tmp_path, folder, tok_ema=0.2, ar_ema=0.3, tok_steps=3, ar_steps=3)) == 0
-    assert [tuple(how) for *how, _ in taken] == [(decay, step) for decay in (0.2, 0.3) for step in range(3)]
-    for name, (*_, last) in (("tokenizer.pt", taken[2]), ("ar.pt", taken[5])):
-        saved = torch.load(tmp_path / name, weights_only=True)["model"]
-        assert all(torch.equal(tensor, saved[n]) for n, tensor in last.items())
+    more = {"tok_steps": 3, "ar_steps": 2, "tok_warmup": 1, "ar_warmup": 2, "tok_batch": 4, "ar_batch": 6}
+    more |= {"tok_lr": 3e-3, "ar_lr": 4e-3, "tok_ema": 0.2, "ar_ema": 0.3, "ar_weight_decay": 0.2}
+    assert df.main(command(tmp_path, folder, **more)) == 0
+    assert [tuple(how) for *how, _ in taken] == [(0.2, 0), (0.2, 1), (0.2, 2), (0.3, 0), (0.3, 1)]
+    for name, decay, (*_, last) in (("tokenizer.pt", 0.0, taken[2]), ("ar.pt", 0.2, taken[4])):
+        saved = torch.load(tmp_path / name, weights_only=True)
+        assert all(torch.equal(tensor, saved["model"][n]) for n, tensor in last.items())
+        assert [group["weight_decay"] for group in saved["adamw"]["param_groups"]] == [decay, 0.0]
+    assert [a[1:4] + a[6:] for a in rates] == [(3, 1, 3e-3)] * 3 + [(2, 2, 4e-3, 2)] * 2
+    assert {(stage, batch) for _, _, stage, _, batch, _ in batches} == {("tokenizer", 4), ("ar", 6)}
+    assert [(a[3], *a[5:]) for a in made] == [("tokenizer", 3, 4), ("ar", 2, 6)]
 
 
 def test_no_random_number_of_training_is_used_twice_nor_with_another_seed(folder, tmp_path, monkeypatch):
@@ -2766,6 +2832,7 @@ def test_moments_do_not_depend_on_the_batches(monkeypatch):
     pixels = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
     pixels[30:] //= 8  # so that the scores of the two splits differ
     results = []
+    assert df.SPLIT == 5000  # of 50,000, as everybody does
     monkeypatch.setattr(df, "SPLIT", 30)
     for batch in (50, 7):
         read = df.Images(None, None, pixels).in_order
@@ -2832,7 +2899,8 @@ def test_published_statistics_are_the_reference_that_fid_is_told_to_take(trained
     assert truth[0] == rebuilt[0] == 100 and len(truth) == 2
     assert torch.equal(rebuilt[2](pixels), df.to_uint8(tokenizer.decode(tokenizer.encode(df.to_float(pixels)))))
     assert compared[1][2].tolist() == [1] * 2048 and compared[1][3].trace() == 4096
-    for bad in ({"mu": np.ones(2048)}, {"mu": np.ones(2), "sigma": np.eye(2)}):
+    one = {"mu": np.ones(2048)}
+    for bad in (one, {"mu": np.ones(2), "sigma": np.eye(2)}, one | {"sigma": np.eye(2)}):
         np.savez(path, **bad)
         capsys.readouterr()
         run(trained, "--stage", "eval", inception=path, reference=path, expect=2)
@@ -2871,6 +2939,10 @@ def test_fid_compares_samples_of_balanced_classes_with_the_training_set(trained,
     models = [df.load_model(trained / f"{stage}.pt", stage)[0] for stage in ("tokenizer", "ar")]
     df.measure_fid(config, CPU._replace(dtype=torch.bfloat16), *models, None, val)
     assert len(list(tmp_path.glob("samples-*.npy"))) == 8
+    on, decode = [], df.Tokenizer.decode
+    monkeypatch.setattr(df.Tokenizer, "decode", lambda *a: on.append(torch.is_autocast_enabled("cpu")) or decode(*a))
+    measured[-2][2](df.to_uint8(images()))
+    assert on == [True]  # reconstructions too are measured in the precision that the protocol names
 
 
 # == sample.py ==
@@ -2900,6 +2972,30 @@ def test_sample_begins_anew_where_a_setting_or_a_model_changed_and_draws_all_cla
     assert len(set(paths)) == 8 and labels[-1].bincount().tolist() == [8] * 12
     with pytest.raises(df.Refused, match="several processes must draw into one file"):
         sample.draw(sample.parse([]), tokenizer, ar, CPU._replace(world=2), names, tmp_path)
+
+
+def test_sample_keeps_what_was_drawn_until_all_processes_have_opened_it(tokenizer, ar, tmp_path, monkeypatch):
+    args, there = sample.parse(["--num", "2", "--npz", str(tmp_path / "a.npz")]), []
+    monkeypatch.setattr(df.dist, "barrier", lambda: there.append([path.suffix for path in tmp_path.iterdir()]))
+    sample.draw(args, tokenizer, ar, CPU._replace(world=2), list("abcdefghij"), tmp_path)
+    assert there[-2:] == [[".npy"]] * 2 and os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_sample_computes_and_times_as_asked_for(trained, tmp_path, monkeypatch):
+    prepared, drawn, timed = spied(monkeypatch, df, "prepare_sampling"), spied(monkeypatch, df, "generate"), []
+    base = ["--run", str(trained), "--out", str(tmp_path), "--dtype", "bfloat16", "--compile", "--batch", "3"]
+    assert sample.main([*base, "--num", "7", "--npz", str(tmp_path / "a.npz")]) == 0
+    assert [len(labels) for _, labels in drawn] == [3, 3, 3]  # the last filled up: it would be compiled anew
+    assert [(machine.dtype, compiled) for _, _, machine, compiled in prepared] == [(torch.bfloat16, True)]
+    assert sample.main([*base, "--num", "1"]) == 0 and len(prepared) == 2  # pictures too
+    monkeypatch.setattr(df, "Bench", lambda machine: machine)
+    monkeypatch.setattr(df, "bench_sampling", lambda bench, tokenizer, model, batches: timed.append((model, batches)))
+    assert sample.main([*base, "--bench", "--guidance", "7"]) == 0  # the run's own models
+    assert sample.main(["--bench", "shapes", "--guidance", "7"]) == 0
+    assert [(model.config.num_tokens, model.config.guidance, batches) for model, batches in timed] == [
+        (12, 7, [1, 3, 4]),
+        (16, 7, [1, 4, 100]),
+    ]
 
 
 def test_sample_leaves_pictures_of_the_authors_models_in_a_folder_of_their_own(trained, tmp_path, monkeypatch):
@@ -3015,17 +3111,19 @@ def test_the_benchmark_divides_bytes_and_operations_by_what_the_machine_can(caps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_benchmarks_floor_counts_the_bytes_of_the_weights_that_a_pass_reads(tokenizer, ar, dtype):
+def test_the_benchmarks_floor_counts_the_bytes_of_the_weights_that_a_pass_reads(tokenizer, ar, dtype, monkeypatch):
     floors, machine = [], df.Machine(torch.device("cpu"), dtype)
     read = dtype.itemsize * sum(p.numel() for name, p in ar.named_parameters() if name != "code_embed.weight")
-    run = lambda what, batch, work, moved, **more: floors.append(moved) or True  # noqa: E731
+    run = lambda what, batch, work, moved, **more: floors.append((batch, moved)) or True  # noqa: E731
+    prepared, ar.config = spied(monkeypatch, df, "prepare_sampling"), df.replace(ar.config, compile=True)
     bench = types.SimpleNamespace(machine=machine, run=run)
     df.bench_sampling(bench, tokenizer, ar, [1])
+    assert [args[3] for args in prepared] == [True]
     df.Bench.train(bench, "it", torch.zeros(2), tokenizer, "adamw", None)
     decoder, whole = (4 * sum(p.numel() for p in module.parameters()) for module in (tokenizer.decoder, tokenizer))
     # Training: forward, backward and optimiser read the weights, which are written; gradients are written and read; two
     # moments are read and written.
-    assert floors == [len(df.decoding_spans(ar.config, 12)) * read, decoder, 10 * whole]
+    assert floors == [(1, len(df.decoding_spans(ar.config, 12)) * read), (1, decoder), (2, 10 * whole)]
 
 
 def test_benchmark_prints_a_json_line_for_each_part(tmp_path, capsys, monkeypatch):
@@ -3928,6 +4026,8 @@ def test_foreign_files_never_run_code(tmp_path):
         path.write_bytes(content)
         with contextlib.suppress(df.Refused):
             df.read_foreign(path)
+        with pytest.raises(df.Refused):
+            df.InceptionV3(path)
         assert not mark.exists()
 
 
@@ -4027,7 +4127,28 @@ def test_under_bfloat16_quantisation_normalisation_and_losses_stay_float32(folde
     monkeypatch.setattr(F, "cross_entropy", watch("cross entropy", F.cross_entropy))
     monkeypatch.setattr(df.Discriminator, "scores", watch("disc", df.Discriminator.scores))
     monkeypatch.setattr(df, "backward", lambda loss, f=df.backward: watch("loss", lambda x: x)(loss) is f(loss))
+    fast = {}
+
+    def note(holder, name):
+        real = getattr(holder, name)
+
+        def noted(*args, **more):
+            fast.setdefault((holder.__name__, name), set()).add(torch.is_autocast_enabled("cpu"))
+            return real(*args, **more)
+
+        monkeypatch.setattr(holder, name, noted)
+
+    for holder, name in (
+        (df.Tokenizer, "forward"),
+        (df.Tokenizer, "triples"),
+        (df.Discriminator, "forward"),
+        (df.PatchDiscriminator, "adversarial_loss"),
+        (df.ARTransformer, "forward"),
+        (df, "generate"),
+    ):
+        note(holder, name)
     assert df.main(command(tmp_path, folder, dtype="bfloat16")) == 0
+    assert len(fast) == 6 and all(on == {True} for on in fast.values()), fast  # nothing large in float32
     assert torch.bfloat16 in seen.pop("Linear")  # the autocast is at work
     assert len(seen) == 7 and all(dtypes == {torch.float32} for dtypes in seen.values()), seen
 
@@ -4089,6 +4210,7 @@ def test_a_failed_download_leaves_nothing_and_says_where_to_put_the_file(server,
     sha256 = df.hashlib.sha256(server.content).hexdigest() if known else None
     monkeypatch.setitem(df.WEIGHTS, "x.pth", (server.url if mode != "off" else "http://127.0.0.1:9/x.pth", sha256))
     server.mode = mode
+    tmp_path = tmp_path / "not" / "there" / "yet"
     with pytest.raises(df.Refused) as refused:
         df.published("x.pth", tmp_path)
     text = str(refused.value)
@@ -4149,6 +4271,9 @@ def test_a_first_process_that_fails_lets_the_others_go_on_and_fail_too(monkeypat
         with pytest.raises(df.Refused), df.Machine(CPU.device, rank=rank, world=2).first():
             raise df.Refused("no network")
         assert len(calls) == rank + 1
+    with pytest.raises(KeyboardInterrupt), df.Machine(CPU.device, world=2).first():
+        raise KeyboardInterrupt
+    assert len(calls) == 2  # the others were told to stop too, and will not come
 
 
 def test_two_processes_train_like_one(small, by_two):
@@ -4170,6 +4295,7 @@ def test_only_the_first_process_writes_and_speaks(trained, tmp_path, monkeypatch
     """As the second of one, so that nobody waits: what was there before stays as it was."""
     out = shutil.copytree(trained, tmp_path / "out")
     (out / "samples.png").unlink()
+    (out / "codes-0.npy").touch()  # of another tokenizer: the first process would delete it
     with open(out / "log.jsonl", "a") as file:
         file.write('{"stage": "ar", "step": 99}\n')  # after the checkpoint: the first process would drop it
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -4253,9 +4379,9 @@ def test_a_foreign_tokenizers_settings_are_checked_with_ours_before_training(sma
     loaded = df.replace(loaded, codebook_size=4, noise_topk=4)
     torch.manual_seed(0)
     tokenizer = df.Tokenizer(loaded)
-    df.save_checkpoint(tmp_path / "it.pt", loaded, "tokenizer", 1, {}, {"model": tokenizer})
+    df.save_checkpoint(tmp_path / "it.pt", loaded, "tokenizer", 1, {"classes": ["a"]}, {"model": tokenizer})
     ours = df.Config(**TINY, tokenizer=str(tmp_path / "it.pt"), out=str(tmp_path))
-    df.load_tokenizer(ours, CPU)
+    assert df.load_tokenizer(ours, CPU)[1] is None  # whatever classes it was trained on
     assert (ours.codebook_size, ours.noise_topk) == (4, 4) and df.replace(ours)
     with pytest.raises(df.Refused, match="shift must be less"):
         ours = df.Config(**TINY | {"image_size": 32}, shift=20, tokenizer=str(tmp_path / "it.pt"), out=str(tmp_path))
@@ -4363,6 +4489,7 @@ extra | unrecognized arguments: extra
 WRONG_SAMPLE = """
 --run nowhere | no checkpoint nowhere/tokenizer.pt: a wrong path, or not trained yet
 --tokenizer nowhere.pt | nowhere.pt
+--bench nope | --bench must be one of shapes
 --ar {run}/tokenizer.pt | must be a checkpoint of the ar stage
 --tokenizer {run}/log.jsonl | log.jsonl does not fit
 --tokenizer {run} | a folder that holds checkpoints/*.pt
@@ -4435,14 +4562,28 @@ def test_integers_of_any_width_will_do(kind):
     assert torch.equal(drawn, df.generate(ar, labels, seeds=seeds, guidance=2.0))
 
 
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        df.parse(["--preset", "imagenet-16", "--help"])
+    assert re.search(r"--tok-batch int .*?\[256\]", " ".join(capsys.readouterr().out.split()))
+
+
+def test_the_benchmark_needs_no_data(tmp_path, monkeypatch):
+    classes = []
+    monkeypatch.setattr(df, "benchmark", lambda config, machine: classes.append(config.num_classes))
+    run(tmp_path, "--stage", "bench", data="nowhere", num_classes=7)
+    assert classes == [7]
+
+
 def test_a_class_name_that_is_a_number_wins_over_the_number():
     assert sample.class_numbers(["2", "10", "3"], ["0", "1", "10", "2"]) == [3, 2, 3]
 
 
 def test_self_correction_is_measured_with_the_tokenizers_settings(tmp_path):
-    run(tmp_path / "a", "--no-correction", tok_steps=2, ar_steps=2, tok_ema=0, ar_ema=0, optimizer="adamw")
+    run(tmp_path / "a", "--no-correction", tok_steps=2, ar_steps=2, tok_ema=0, ar_ema=0.5, optimizer="adamw")
     for stage in ("tokenizer", "ar"):
-        assert "muon" not in torch.load(tmp_path / f"a/{stage}.pt", weights_only=True)
+        state = torch.load(tmp_path / f"a/{stage}.pt", weights_only=True)
+        assert "muon" not in state and ("ema" in state) == (stage == "ar")
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert "psnr_spoilt_rest_kept" not in results["tokenizer"] and not (tmp_path / "a" / "self_correction.png").exists()
     more = ["--tokenizer", str(tmp_path / "a" / "tokenizer.pt"), "--ar", str(tmp_path / "a" / "ar.pt")]
