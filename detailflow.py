@@ -1761,9 +1761,9 @@ def resume(path, config, stage, groups, about, parts):
 def load_model(path, stage, device="cpu", ema=True):
     """Tokenizer or (stage "ar") ARTransformer from a checkpoint, its averaged weights if it has any, or from a folder
     of the authors', or a checkpoint there -> model, about. Raises Refused."""
-    kind, folder = Tokenizer if stage == "tokenizer" else ARTransformer, Path(path).absolute().parent
-    theirs = folder.name == "checkpoints" and (folder.parent / "config.json").is_file()
-    if Path(path).is_dir() or theirs:
+    kind = Tokenizer if stage == "tokenizer" else ARTransformer
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or (folder.name == "checkpoints" and (folder.parent / "config.json").is_file()):
         model, about = load_official(path), {}      # their files name no classes
         require(isinstance(model, kind), f"{path} must hold a {kind.__name__}", type(model).__name__)
     else:

@@ -2371,10 +2371,9 @@ def weights(path):
 
 
 def test_a_data_folder_that_was_moved_is_gone_on_with(trained):
-    config = df.load_checkpoint(trained / "tokenizer.pt", "tokenizer")["config"]
-    about = df.load_checkpoint(trained / "tokenizer.pt", "tokenizer")["about"]
-    moved = df.replace(config, data="elsewhere")
-    assert df.resume(trained / "tokenizer.pt", moved, "tokenizer", ("data", "tokenizer"), about, {}) == 6
+    state = df.load_checkpoint(trained / "tokenizer.pt", "tokenizer")
+    moved = df.replace(state["config"], data="elsewhere")
+    assert df.resume(trained / "tokenizer.pt", moved, "tokenizer", ("data", "tokenizer"), state["about"], {}) == 6
 
 
 def test_the_log_has_a_line_for_the_last_step_too(config, tmp_path):
