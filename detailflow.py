@@ -1,11 +1,11 @@
 """DetailFlow in one file: 1D coarse-to-fine image generation by next-detail prediction (arXiv 2505.21473).
 
-An image becomes N discrete tokens, ordered from global to fine: the first n of them decode to the image at
-resolution R(n), so each token adds detail to what is there. The order comes from supervision alone: some training
-batches decode only a prefix, against a degraded image. A class-conditional transformer then generates the tokens:
-the first group of G one by one (they fix the layout), every later group in one pass: G + N/G - 1 passes in all.
-Tokens sampled in parallel cannot see each other, and so err. Hence the tokenizer learns to make up for a corrupted
-group in later tokens (self-correction), and from such sequences the transformer learns to repair its own errors.
+An image becomes N discrete tokens, ordered from global to fine: the first n of them decode to the image at resolution
+R(n), so each token adds detail to what is there. The order comes from supervision alone: a fifth of a training batch
+decodes only a prefix, against a degraded image. A class-conditional transformer then generates the tokens: the first
+group of G one by one (they fix the layout), every later group in one pass: G + N/G - 1 passes in all. Tokens sampled in
+parallel cannot see each other, and so err. Hence the tokenizer learns to make up for a corrupted group in later tokens
+(self-correction), and from such sequences the transformer learns to repair its own errors.
 
     image (B, 3, R, R) --patches--> encoder <--N learned queries          stage 1: --stage tokenizer
             |                          | group-causal: token i never depends on later groups
@@ -47,14 +47,14 @@ Find      what a prefix must show: resolution, degrade (3)         what the mask
 We follow the authors' code (ByteFlow-AI/DetailFlow), which made the published models, where it differs from the paper.
 Where we differ from it (read this last). For speed: generation keeps a KV cache, and both passes of self-correction
 share the patches. So that the number of GPUs hardly matters: each image, and each of its ten crops, has its own spoilt
-group, dropout and augmentation; all GPUs decode the same prefix in a step; LeCam's means are global, and saved. For
-safety: codes are chosen in float32; steps with non-finite gradients are skipped; the EMA warms up, or the random start
-would linger in it; the discriminator first sees images when its loss starts. The codebook starts uniform on the sphere,
-not in a cube. Evaluation: classes are balanced, unless random ones are asked for. Small presets, trained from scratch,
-use neither LPIPS nor first-token alignment, but Muon, restarts of dead codes, a larger initial scale of queries, and
-(cifar10) a small discriminator, whose push on an image keeps to disc_weight times the pixel loss's, and a transformer
-that starts with the codebook's geometry and sees shifted crops, against overfitting; the imagenet presets follow the
-authors in all of this.
+group, dropout and augmentation; in every step a fifth of the batch decodes a prefix, the same on all GPUs (theirs draws
+for each GPU: all of its batch or none); LeCam's means are global, and saved. For safety: codes are chosen in float32;
+steps with non-finite gradients are skipped; the EMA warms up, or the random start would linger in it; the discriminator
+first sees images when its loss starts. The codebook starts uniform on the sphere, not in a cube. Evaluation: classes
+are balanced, unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token
+alignment, but Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a small discriminator,
+whose push on an image keeps to disc_weight times the pixel loss's, and a transformer that starts with the codebook's
+geometry and sees shifted crops, against overfitting; the imagenet presets follow the authors in all of this.
 """
 import argparse
 import contextlib
@@ -220,7 +220,7 @@ class Config:
     tok_lr: float = setting("tokenizer training", 2e-3, "peak learning rate (authors: 1e-4 tok_batch / 256)", high=1)
     tok_warmup: int = setting("tokenizer training", 100, "steps of linear warm-up")
     tok_ema: float = setting("tokenizer training", 0.99, "decay of the EMA of weights; 0: none", high=0.99999)
-    coarse_prob: float = setting("tokenizer training", 0.2, "share of batches that decode a random prefix", high=1)
+    coarse_prob: float = setting("tokenizer training", 0.2, "share of each batch that decodes a random prefix", high=1)
     correction: bool = setting("tokenizer training", True, "train self-correction")
     noise_topk: int = setting("tokenizer training", 50, "self-correction: nearest codes to draw a spoilt one from", 1)
     min_size: int = setting("tokenizer training", 0, "dynamic resolution: smallest side images are shrunk to", 0, 8192)
@@ -506,8 +506,8 @@ class Quantizer(nn.Module):
     def revive(self, latents, key, machine):
         """Reset dead codes, hardly chosen of late, to random latents of the batch: a small codebook trained from
         scratch would otherwise use a few dozen codes, all on the side of the sphere where training began."""
-        everyone = latents.new_zeros(machine.world, *latents.shape)
-        everyone[machine.rank] = latents
+        everyone = latents.new_zeros(len(latents), machine.world, *latents.shape[1:])
+        everyone[:, machine.rank] = latents
         everyone = machine.total(everyone).flatten(0, -2)                                       # (all latents, C)
         chosen = everyone[(uniform(key, len(self.counts))[0] * len(everyone)).long()]           # (V, C)
         dead = (self.counts < 0.03 * self.counts.mean()) & chosen.isfinite().all(-1)
@@ -1525,8 +1525,9 @@ def epoch_order(key, count):
 
 def batch_rows(config, machine, stage, step, batch, count):
     """This process's share of a step: rows of the data set and a key for each, (batch / world,) int64 both."""
-    share, key = batch // machine.world, root_key(config.seed, stage)
-    place = step * batch + machine.rank * share + torch.arange(share)       # in the endless sequence of epochs
+    key = root_key(config.seed, stage)
+    # Places in the endless sequence of epochs, by turns: so the same images come first, and are coarse, in any number.
+    place = torch.arange(step * batch + machine.rank, (step + 1) * batch, machine.world)
     rows = [epoch_order(fold(key, epoch).item(), count)[place[place // count == epoch] % count]
             for epoch in (place // count).unique().tolist()]
     return torch.cat(rows), fold(key, place)
@@ -2021,18 +2022,27 @@ def best_prefix(config):
     return {decoder_size(config, n): n for n in prefix_lengths(config)}                     # of each, the last n stays
 
 def draw_prefix(config, key):
-    """How a batch is trained, from a key (1,) -> the side of its images, how many tokens encode them, and how many of
-    these are decoded: all or, with probability coarse_prob, fewer. With probability dynamic_prob the images are shrunk
-    to one of the decoder's sizes, and encoded by as many tokens as that size is worth."""
+    """How a step is trained, from a key (1,) -> the side of its images, how many tokens encode them, how many of these
+    its coarse images decode, and a number in [0, 1) that rounds how many images are coarse. With probability
+    dynamic_prob all are shrunk to one of the decoder's sizes, and encoded by as many tokens as that size is worth."""
     side, count = config.image_size, config.num_tokens
-    coarse, where, dynamic, small = uniform(key, 4)[0].tolist()
+    rounding, where, dynamic, small = uniform(key, 4)[0].tolist()
     if dynamic < config.dynamic_prob:
         least, wanted = config.causal_num + config.group_size, config.min_size + small * (side - config.min_size)
         sizes = {size: n for size, n in best_prefix(config).items() if size >= config.min_size and n >= least}
         side = min(sizes, key=lambda size: abs(size - wanted))
         count = sizes[side]
-    n = 1 + int(where * (count - config.group_size)) if coarse < config.coarse_prob else count      # 1..count-G, or all
-    return side, count, min(length for length in prefix_lengths(config) if length >= n)
+    n = 1 + int(where * (count - config.group_size))                                        # 1..count-G, rounded up:
+    return side, count, min(length for length in prefix_lengths(config) if length >= n), rounding
+
+def split_batch(config, images, keys, count, prefix, rounding):
+    """This process's images (b, 3, S, S) of a step, and their keys (b,), in parts -> [(images, keys, tokens to decode),
+    ...]. The first coarse_prob of them, rounded up or down, decode `prefix` tokens, the others all `count`: some in
+    every step, as whole batches of one prefix, now and then, made `cifar10` in small unlearn detail (1 dB worse)."""
+    coarse = config.grad_accum * int(config.coarse_prob * len(images) / config.grad_accum + rounding)
+    both = (images[:coarse], keys[:coarse], prefix), (images[coarse:], keys[coarse:], count)
+    return [(x, x_keys, n) for some, their_keys, n in both if len(some)
+            for x, x_keys in zip(*(t.chunk(config.grad_accum) for t in (some, their_keys)), strict=True)]
 
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
@@ -2062,14 +2072,14 @@ def train_tokenizer(config, machine):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = disc is not None and step + 1 >= config.disc_start
-        side, count, prefix = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))     # all processes alike
+        side, count, *how = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))   # alike on all processes
         disc_key = fold(root_key(config.seed, "disc"), step).to(device, non_blocking=True)
 
-        # The tokenizer: decode a prefix, clean and corrected, against the image at the prefix's resolution.
+        # The tokenizer: decode a prefix or all, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
-        for x, x_keys in zip(images.chunk(config.grad_accum), keys.chunk(config.grad_accum), strict=True):
-            x = resize(x, side)
+        for x, x_keys, prefix in split_batch(config, resize(images, side), keys, count, *how):
+            share = len(x) / len(images)                                                    # of this process's images
             spoilt_start, ranks = draw_noise(config, x_keys, prefix)
             target = x if prefix == count else degrade(x, config, prefix)                   # (b, 3, S, S)
             with machine.autocast():
@@ -2086,10 +2096,10 @@ def train_tokenizer(config, machine):
                 if adversarial:
                     losses["adv_loss"] = config.disc_weight * disc.adversarial_loss(
                         made.pixels, target, disc_key, image_keys)
-            backward(sum(losses.values()) / config.grad_accum)
+            backward(share * sum(losses.values()))
             model.quantizer.track(made.codes, machine)
-            values = {k: values.get(k, 0) + v.detach() / config.grad_accum for k, v in losses.items()}
-            results.append((made.latents, image_keys, target, made.pixels.detach()))
+            values = {k: values.get(k, 0) + share * v.detach() for k, v in losses.items()}
+            results.append((made.latents, image_keys, target, made.pixels.detach(), share))
         values["grad_norm"] = optimizers.step(lr)
         if config.revive_every and step % config.revive_every == 0 and step < 0.6 * config.tok_steps:
             key = root_key(config.seed, f"revive {step}").to(device)
@@ -2100,10 +2110,10 @@ def train_tokenizer(config, machine):
         # The discriminator: tell targets from decoded images.
         if adversarial:
             disc.zero_grad()                                # the tokenizer's step may have left gradients in it
-            for _, image_keys, target, pixels in results:
+            for _, image_keys, target, pixels, share in results:
                 with machine.autocast():
                     scores = distributed_disc(target, pixels, fold(disc_key, 1), image_keys)
-                disc_loss = disc.loss(scores, config.disc_weight, machine, 1 / config.grad_accum)
+                disc_loss = disc.loss(scores, config.disc_weight, machine, share)
                 backward(disc_loss)
                 values["disc_loss"] = values.get("disc_loss", 0) + disc_loss.detach()
             values["disc_grad_norm"] = disc_optimizers.step(disc.RATE or lr)

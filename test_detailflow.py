@@ -6,6 +6,7 @@ and skip without it.
 
 import argparse
 import ast
+import collections
 import contextlib
 import copy
 import errno
@@ -519,11 +520,37 @@ def test_queries_and_positions_start_as_large_as_asked_for(config, init_std, que
     assert made.mask_token.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_prefixes_are_drawn_full_with_the_probability_asked_for(config):
+def test_coarse_images_get_every_prefix_but_the_whole(config):
+    """The authors draw 1..N - G and round up: here 1, 2, 3 with a chance of 1 in 9 each, 6 and 9 of 3."""
     drawn = [df.draw_prefix(config, df.fold(df.root_key(0, "test"), i)) for i in range(2000)]
-    assert {n for _, _, n in drawn} == set(df.prefix_lengths(config))
-    assert {(side, count) for side, count, _ in drawn} == {(16, 12)}
-    assert abs(sum(n < 12 for *_, n in drawn) / 2000 - config.coarse_prob) < 0.03
+    assert {(side, count) for side, count, *_ in drawn} == {(16, 12)}
+    shares = collections.Counter(n for _, _, n, _ in drawn)
+    assert sorted(shares) == [1, 2, 3, 6, 9]
+    for n, share in shares.items():
+        assert abs(share / 2000 - (1 if n < 4 else 3) / 9) < 0.03
+    roundings = torch.tensor([each[-1] for each in drawn])
+    assert 0 <= roundings.min() and roundings.max() < 1 and abs(roundings.mean() - 0.5) < 0.03
+
+
+def test_every_step_has_coarse_and_whole_images_in_the_shares_asked_for():
+    x, keys = images(20), torch.arange(20)
+    for prob, rounding, coarse in ((0.2, 0.9, 4), (0.23, 0.3, 4), (0.23, 0.5, 5), (0, 0.99, 0), (1, 0.99, 20)):
+        config = df.Config(**TINY | {"coarse_prob": prob})
+        parts = df.split_batch(config, x, keys, 12, 3, rounding)
+        assert [(len(part), n) for part, _, n in parts] == [(m, n) for m, n in ((coarse, 3), (20 - coarse, 12)) if m]
+        assert torch.equal(torch.cat([part for part, *_ in parts]), x)
+        assert torch.equal(torch.cat([part for _, part, _ in parts]), keys)
+    one = df.split_batch(df.Config(**TINY | {"coarse_prob": 0.25}), x[:16], keys[:16], 12, 3, 0.5)
+    for world, accum in ((1, 2), (2, 1), (2, 2), (4, 1)):  # the same images are coarse, whoever has them
+        config = df.Config(**TINY | {"coarse_prob": 0.25, "grad_accum": accum})
+        parts = [p for r in range(world) for p in df.split_batch(config, x[r:16:world], keys[r:16:world], 12, 3, 0.5)]
+        assert [n for *_, n in parts] == ([3] * accum + [12] * accum) * world  # alike on all, who wait for each other
+        for n, (_, wanted, _) in zip((3, 12), one, strict=True):
+            assert torch.cat([k for _, k, m in parts if m == n]).sort().values.tolist() == wanted.tolist()
+        for part, k, _ in parts:
+            assert torch.equal(part, x[k])
+    few = [df.split_batch(df.Config(**TINY), x[:2], keys[:2], 12, 3, i / 100) for i in range(100)]
+    assert sum(n == 3 for parts in few for _, _, n in parts) == 40  # 0.2 of two images: one in 40% of the steps
 
 
 def test_dynamic_resolution_draws_sizes_of_the_mapping_with_the_tokens_they_are_worth(tmp_path):
@@ -531,9 +558,9 @@ def test_dynamic_resolution_draws_sizes_of_the_mapping_with_the_tokens_they_are_
     config = df.Config(**TINY | {"dynamic_prob": 0.5, "min_size": 10})
     drawn = [df.draw_prefix(config, df.fold(df.root_key(0, "test"), i)) for i in range(1000)]
     best = df.best_prefix(config)
-    assert {(side, count) for side, count, _ in drawn} == {(s, n) for s, n in best.items() if s >= 10}
+    assert {(side, count) for side, count, *_ in drawn} == {(s, n) for s, n in best.items() if s >= 10}
     assert abs(sum(side == 12 for side, *_ in drawn) / 1000 - 1 / 3) < 0.05  # of 10 .. 16, two thirds are nearer to 12
-    assert all(n <= count for _, count, n in drawn)
+    assert all(n < count for _, count, n, _ in drawn)
     fine = df.Config(**TINY | {"dynamic_prob": 1.0, "min_size": 1, "patch_size": 2, "dec_patch_size": 2})
     sizes = {df.draw_prefix(fine, df.fold(df.root_key(0, "test"), i))[:2] for i in range(1000)}
     assert sizes == {(s, n) for s, n in df.best_prefix(fine).items() if n >= 6}  # c + G at least
@@ -2222,7 +2249,7 @@ def test_two_ranks_see_the_batch_of_one_process(config):
     whole = df.batch_rows(config, CPU, "ar", 7, 8, 30)
     halves = [df.batch_rows(config, df.Machine(CPU.device, rank=r, world=2), "ar", 7, 8, 30) for r in (0, 1)]
     for one, a, b in zip(whole, *halves, strict=True):
-        assert torch.equal(one, torch.cat([a, b]))
+        assert torch.equal(one, torch.stack([a, b], 1).flatten())  # by turns
     seen = torch.cat([df.batch_rows(config, CPU, "ar", step, 10, 30)[0] for step in range(3)])
     assert sorted(seen.tolist()) == list(range(30))  # an epoch sees each image once
     rows, keys = df.batch_rows(config, CPU, "ar", 1, 30, 30)
@@ -2564,7 +2591,7 @@ def test_both_stages_train_at_the_rates_and_weight_decays_asked_for(trained):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(folder, tmp_path):
-    more, logs = {"data": folder, "tok_steps": 2, "coarse_prob": 0.0, "disc_weight": 1e-6, "disc_start": 1}, []
+    more, logs = {"data": folder, "tok_steps": 2, "coarse_prob": 0.25, "disc_weight": 1e-6, "disc_start": 1}, []
     for accum in (1, 2):
         run(tmp_path / str(accum), "--stage", "tokenizer", grad_accum=accum, **more)
         logs.append(df.read_log(tmp_path / str(accum) / "log.jsonl")[-1])
@@ -2588,18 +2615,21 @@ def test_steps_of_the_tokenizer_compare_prefixes_with_their_targets(folder, tmp_
     more = {"coarse_prob": 0.5, "dynamic_prob": 0.5, "min_size": 10, "revive_every": 2, "seed": 4}
     argv = command(tmp_path, folder, **more)
     assert df.main([*argv, "--stage", "tokenizer"]) == 0
-    config, sizes = df.parse(argv)[0], set()
-    for step, ((_, x, prefix, start, _, count), (made, target)) in enumerate(zip(passes, errors, strict=True)):
-        assert (x.shape[-1], count, prefix) == df.draw_prefix(config, df.fold(df.root_key(4, "prefix"), step))
+    config, calls, sizes = df.parse(argv)[0], zip(passes, errors, strict=True), set()
+    for step in range(6):
+        side, count, prefix, _ = df.draw_prefix(config, df.fold(df.root_key(4, "prefix"), step))
         keys = df.batch_rows(config, CPU, "tokenizer", step, 8, 38)[1]
-        assert torch.equal(start, df.draw_noise(config, keys, prefix)[0])
-        once = x if prefix == count else df.degrade(x, config, prefix)
-        assert torch.equal(target, torch.cat([once, once])) and made.shape == target.shape
-        sizes.add((count, prefix))
-    assert len(sizes) == 5 and len(passes) == 6
-    for (_, real, fake, *_), (made, target) in zip(looks, errors[1:], strict=True):
+        for part, n in ((keys[:4], prefix), (keys[4:], count)):
+            (_, x, decoded, start, _, encoded), (made, target) = next(calls)
+            assert (x.shape[-1], encoded, decoded) == (side, count, n)
+            once, noise = x if n == count else df.degrade(x, config, n), df.draw_noise(config, part, n)[0]
+            assert (start is None) == (noise is None) == (n == 1) and (n == 1 or torch.equal(start, noise))
+            assert torch.equal(target, once if n == 1 else torch.cat([once, once])) and made.shape == target.shape
+            sizes.add((count, n))
+    assert len(sizes) >= 5 and len(passes) == 12
+    for (_, real, fake, *_), (made, target) in zip(looks, errors[2:], strict=True):
         assert torch.equal(real, target) and torch.equal(fake, made)
-    assert [args[2] for args in hinges] == [0.2] * 5
+    assert [(args[2], args[4]) for args in hinges] == [(0.2, 0.5)] * 10
     keys = [df.root_key(4, f"revive {step}") for step in (0, 2)]  # in the first 60% of six steps
     assert all(map(torch.equal, (args[2] for args in restarts), keys)) and len(restarts) == 2
     for quantizer, latents, *_ in restarts:  # that of the model in training, not of its average; the whole batch
@@ -3454,7 +3484,7 @@ def folder(tmp_path_factory):
 def command(out, data, **more):
     """A small run of all stages."""
     small = {"out": out, "data": data, "log_every": 2, "save_every": 2, "tok_steps": 6, "ar_steps": 6}
-    return flags(TINY | small | {"disc_weight": 0.2, "disc_start": 2, "seed": 92}, **more)  # its fifth prefix: 1 token
+    return flags(TINY | small | {"disc_weight": 0.2, "disc_start": 2, "seed": 92, "coarse_prob": 0.5}, **more)
 
 
 @pytest.fixture(scope="module")
