@@ -2039,10 +2039,12 @@ def split_batch(config, images, keys, count, prefix, rounding):
     """This process's images (b, 3, S, S) of a step, and their keys (b,), in parts -> [(images, keys, tokens to decode),
     ...]. The first coarse_prob of them, rounded up or down, decode `prefix` tokens, the others all `count`: some in
     every step, as whole batches of one prefix, now and then, made `cifar10` in small unlearn detail (1 dB worse)."""
-    coarse = config.grad_accum * int(config.coarse_prob * len(images) / config.grad_accum + rounding)
-    both = (images[:coarse], keys[:coarse], prefix), (images[coarse:], keys[coarse:], count)
-    return [(x, x_keys, n) for some, their_keys, n in both if len(some)
-            for x, x_keys in zip(*(t.chunk(config.grad_accum) for t in (some, their_keys)), strict=True)]
+    accum, parts = config.grad_accum, []
+    coarse = accum * int(config.coarse_prob * len(images) / accum + rounding)
+    for rows, n in ((slice(coarse), prefix), (slice(coarse, None), count)):
+        pairs = zip(images[rows].chunk(accum), keys[rows].chunk(accum), strict=True)
+        parts += [(x, x_keys, n) for x, x_keys in pairs if len(x)]
+    return parts
 
 def train_tokenizer(config, machine):
     """Train OUT/tokenizer.pt, or go on with it, up to tok_steps steps. Raises Refused."""
@@ -2072,13 +2074,13 @@ def train_tokenizer(config, machine):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = disc is not None and step + 1 >= config.disc_start
-        side, count, *how = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))   # alike on all processes
+        side, count, short, rounding = draw_prefix(config, fold(root_key(config.seed, "prefix"), step))    # all alike
         disc_key = fold(root_key(config.seed, "disc"), step).to(device, non_blocking=True)
 
         # The tokenizer: decode a prefix or all, clean and corrected, against the image at the prefix's resolution.
         # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
-        for x, x_keys, prefix in split_batch(config, resize(images, side), keys, count, *how):
+        for x, x_keys, prefix in split_batch(config, resize(images, side), keys, count, short, rounding):
             share = len(x) / len(images)                                                    # of this process's images
             spoilt_start, ranks = draw_noise(config, x_keys, prefix)
             target = x if prefix == count else degrade(x, config, prefix)                   # (b, 3, S, S)

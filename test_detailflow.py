@@ -2626,7 +2626,7 @@ def test_steps_of_the_tokenizer_compare_prefixes_with_their_targets(folder, tmp_
             assert (start is None) == (noise is None) == (n == 1) and (n == 1 or torch.equal(start, noise))
             assert torch.equal(target, once if n == 1 else torch.cat([once, once])) and made.shape == target.shape
             sizes.add((count, n))
-    assert len(sizes) >= 5 and len(passes) == 12
+    assert len(sizes) == 6 and len(passes) == 12
     for (_, real, fake, *_), (made, target) in zip(looks, errors[2:], strict=True):
         assert torch.equal(real, target) and torch.equal(fake, made)
     assert [(args[2], args[4]) for args in hinges] == [(0.2, 0.5)] * 10
@@ -3264,7 +3264,7 @@ def test_compiled_training_has_no_graph_breaks_and_ends_with_the_same_bits(train
         for stage in ("tokenizer", "ar"):
             run(tmp_path, "--compile", "--stage", stage, disc_weight=0.2, disc_start=3)
     torch.compiler.reset()
-    assert 3 <= len(graphs) <= 10  # variants of a layer, not one for each layer, length or step
+    assert 3 <= len(graphs) <= 9  # variants of a layer, not one for each layer, length or step
     same_weights(trained, tmp_path)
 
 
@@ -3486,7 +3486,8 @@ def folder(tmp_path_factory):
 def command(out, data, **more):
     """A small run of all stages."""
     small = {"out": out, "data": data, "log_every": 2, "save_every": 2, "tok_steps": 6, "ar_steps": 6}
-    return flags(TINY | small | {"disc_weight": 0.2, "disc_start": 2, "seed": 92, "coarse_prob": 0.5}, **more)
+    small |= {"disc_weight": 0.2, "disc_start": 2, "seed": 92, "coarse_prob": 0.5}  # its fifth prefix: 1 token
+    return flags(TINY | small, **more)
 
 
 @pytest.fixture(scope="module")
