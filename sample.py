@@ -56,6 +56,7 @@ def rebuild(args, tokenizer, machine, out):
     """Write rebuilt.png: the picture from 1 ... N tokens, and itself."""
     picture = df.crop(df.read_picture(args.image), tokenizer.config.image_size)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(machine.device)
+    out.mkdir(parents=True, exist_ok=True)
     df.save_picture(df.reconstructions(tokenizer, pixels), out / "rebuilt.png")
     print(f"{out / 'rebuilt.png'}: from {df.strip_lengths(tokenizer.config)} tokens, then the picture itself")
 
@@ -88,6 +89,7 @@ def draw(args, tokenizer, model, machine, names, out):
             path.unlink()
         machine.say(f"{npz}: arr_0 {drawn['image'].shape} uint8, arr_1 labels, {time.time() - since:.0f} s")
         return
+    out.mkdir(parents=True, exist_ok=True)
     df.prepare_sampling(tokenizer, model, machine, compiled=False)      # which only pays for many images
     batches = df.draw_batches(config, machine, tokenizer, model, labels, range(count), args.tokens)
     _, codes, images = zip(*batches, strict=True)
@@ -114,13 +116,11 @@ def work(args):
         return df.bench_sampling(df.Bench(machine), *models, batches)
     tokenizer, _ = df.load_model(args.tokenizer or run / "tokenizer.pt", "tokenizer", machine.device, not args.no_ema)
     if args.image:
-        out.mkdir(parents=True, exist_ok=True)
         return rebuild(args, tokenizer, machine, out)
     model, names = df.load_ar(args.ar or run / "ar.pt", tokenizer, machine.device, not args.no_ema)
     model.config = dataclasses.replace(model.config, **given)
     if args.bench == "":                                # of the run's own models
         return df.bench_sampling(df.Bench(machine), tokenizer, model, batches)
-    out.mkdir(parents=True, exist_ok=True)
     draw(args, tokenizer, model, machine, names or [str(i) for i in range(model.config.num_classes)], out)
 
 def main(argv=None):

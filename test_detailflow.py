@@ -3032,6 +3032,8 @@ def test_sample_computes_and_times_as_asked_for(trained, tmp_path, monkeypatch):
 def test_sample_leaves_pictures_of_the_authors_models_in_a_folder_of_their_own(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["--tokenizer", str(trained / "tokenizer.pt"), "--ar", str(trained / "ar.pt")]
+    assert sample.main([*given, "--npz", "a.npz", "--num", "1"]) == 0 and sample.main([*given, "--classes", "x"]) == 2
+    assert not (tmp_path / "samples").exists()  # neither has a picture to leave
     assert sample.main([*given, "--num", "1"]) == 0 and (tmp_path / "samples/samples.png").exists()
 
 
