@@ -1687,7 +1687,7 @@ def wrap(module, config, machine):
             if isinstance(layer, (Block, ARBlock)):
                 layer.compile()
             elif hasattr(layer, "dropout"):                 # a dozen steps over large tensors, made one
-                layer.dropout = torch.compile(layer.dropout, dynamic=True)
+                layer.dropout = torch.compile(layer.dropout)
     if machine.world == 1 or not any(p.requires_grad for p in module.parameters()):
         return module
     unused = isinstance(module, Tokenizer)                  # where nothing is corrected, retry_queries have no gradient
@@ -1908,10 +1908,10 @@ def save_plot(path, title, curves):
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
     pen.text((70, 8), title, "black", font)
     for share in np.linspace(0, 1, 5):
-        (x, y), column, row = low + share * span, 70 + share * 620, 380 + share * (top - 380)
+        (x, y), row = low + share * span, 380 + share * (top - 380)
         pen.line([70, row, 690, row], "lightgrey")
         pen.text((62, row), f"{y:.3g}", "black", font, "rm")
-        pen.text((column, 388), f"{x:.4g}", "black", font, "mt")
+        pen.text((70 + (round(x) - low[0]) / span[0] * 620, 388), f"{round(x)}", "black", font, "mt")   # x is a count
     for i, (name, curve) in enumerate(curves.items()):
         color, places = ("royalblue", "darkorange")[i % 2], (70, 380) + (curve - low) / span * (620, top - 380)
         pen.line(places.round().flatten().tolist(), color, 3)
