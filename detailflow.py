@@ -604,8 +604,8 @@ class Tokenizer(nn.Module):
     # -- Self-correction --
 
     def correct(self, patches, clean, start, ranks):
-        """Spoil one group of codes and let the encoder compensate in those after it (paper, Section 3.3). The decoder
-        learns from it too, to make like pictures of near codes: on shapes that halves what a wrong one costs (README).
+        """Spoil one group of codes and let the encoder compensate in those after it (paper, Section 3.3). So
+        trained, near codes also come to decode alike, and a wrong one costs less, which helps most in small (README).
 
         start (B,) and ranks (B, G) as from draw_noise. With N = 8, G = c = 2 and start = 2:
 
