@@ -52,9 +52,10 @@ for each GPU: all of its batch or none); LeCam's means are global, and saved. Fo
 steps with non-finite gradients are skipped; the EMA warms up, or the random start would linger in it; the discriminator
 first sees images when its loss starts. The codebook starts uniform on the sphere, not in a cube. Evaluation: classes
 are balanced, unless random ones are asked for. Small presets, trained from scratch, use neither LPIPS nor first-token
-alignment, but Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a small discriminator,
-whose push on an image keeps to disc_weight times the pixel loss's, and a transformer that starts with the codebook's
-geometry and sees shifted crops, against overfitting; the imagenet presets follow the authors in all of this.
+alignment nor a discriminator, but Muon, restarts of dead codes, a larger initial scale of queries, and (cifar10) a
+perceptual loss in features of the program's own (ClassFeatures), and a transformer that starts with the codebook's
+geometry and sees shifted crops, against overfitting; the imagenet presets follow the authors in all of this. (The small
+discriminator, --disc patch, keeps its push on an image to disc_weight times the pixel loss's.)
 """
 import argparse
 import contextlib
@@ -232,7 +233,10 @@ class Config:
     align_weight: float = setting("tokenizer training", 0.0, "weight of first-token alignment with SigLIP 2; 0: none")
     align_width: int = setting("tokenizer training", 1024, "first-token alignment: width of its MLP", 1, 65536)
     teacher_width: int = setting("tokenizer training", 1152, "first-token alignment: width of the teacher", 1, 65536)
-    perceptual_weight: float = setting("tokenizer training", 0.0, "weight of LPIPS; 0: none")
+    perceptual_weight: float = setting("tokenizer training", 0.0, "weight of the perceptual loss; 0: none")
+    perceptual: str = setting("tokenizer training", "own", "whose features: the paper's LPIPS, or a small "
+                              "network's, first trained to tell the data's classes", one_of=("own", "lpips"))
+    perceptual_images: int = setting("tokenizer training", 200000, "training images that teach the small network", 1)
     disc: str = setting("tokenizer training", "patch", "discriminator: small, or the paper's", one_of=("patch", "dino"))
     disc_weight: float = setting("tokenizer training", 0.0, "weight of the adversarial loss; 0: none")
     disc_start: int = setting("tokenizer training", 2000, "step at which the adversarial loss starts")
@@ -292,8 +296,8 @@ class Config:
             value, most = getattr(self, name), getattr(self, bound)
             require(value <= most, f"{name} must not exceed {bound} {most}", value)
         require(self.shift < self.image_size, f"shift must be less than image_size {self.image_size}", self.shift)
-        require(self.image_size >= 4 or not self.disc_weight, "a discriminator wants an image_size of at least 4",
-                self.image_size)
+        require(self.image_size >= 4 or not self.disc_weight + self.perceptual_weight,
+                "a discriminator, or a perceptual loss, wants an image_size of at least 4", self.image_size)
         require(self.ar_width // self.ar_heads % 4 == 0, "ar_width / ar_heads must be a multiple of 4",
                 f"{self.ar_width} / {self.ar_heads}")
 
@@ -303,8 +307,8 @@ PAPER = {       # the paper's Section 4.1 and its authors' configuration files
     "codebook_size": 8192, "enc_width": 1152, "enc_depth": 12, "enc_heads": 16, "enc_mlp": 4304,
     "dec_width": 768, "dec_depth": 12, "dec_heads": 12, "tok_steps": 250 * EPOCH, "tok_batch": 256,
     "tok_lr": 1e-4, "tok_warmup": EPOCH, "tok_ema": 0.0, "revive_every": 0, "init_std": 0.0, "optimizer": "adamw",
-    "enc_init": "siglip2", "align_weight": 1.0, "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2,
-    "disc_start": 40000, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
+    "enc_init": "siglip2", "align_weight": 1.0, "perceptual_weight": 1.0, "perceptual": "lpips",
+    "disc": "dino", "disc_weight": 0.2, "disc_start": 40000, "ar_width": 1024, "ar_depth": 24, "ar_heads": 16,
     "ar_steps": 300 * EPOCH, "ar_batch": 256, "ar_lr": 1e-4, "ar_warmup": 15 * EPOCH, "ar_ema": 0.9999,
     "compile": True, "workers": 12, "save_every": EPOCH, "eval_samples": 50000, "inception": "auto"}
 PRESETS = {
@@ -312,10 +316,10 @@ PRESETS = {
     "cifar10": {
         "data": "cifar10", "patch_size": 4, "num_tokens": 128, "group_size": 8, "codebook_size": 4096, "enc_width": 384,
         "enc_depth": 6, "enc_heads": 6, "dec_width": 384, "dec_depth": 6, "dec_heads": 6, "tok_steps": 14000,
-        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "disc_weight": 0.2,
-        "disc_start": 11000, "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512,
-        "ar_lr": 1.5e-3, "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "shift": 2, "compile": True,
-        "save_every": 1000, "guidance": 3.0, "eval_samples": 50000, "inception": "auto"},
+        "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "perceptual_weight": 0.05,
+        "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512, "ar_lr": 1.5e-3,
+        "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "shift": 2, "compile": True, "save_every": 1000,
+        "guidance": 3.0, "eval_samples": 50000, "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
@@ -521,7 +525,8 @@ class Quantizer(nn.Module):
 # == 7. Tokenizer: encoder, self-correction, decoder (paper, Sections 3.1 to 3.3) ======================================
 
 # Trained (section 15) on L = |pixels - degrade(image, n)|^2 + vq_loss for the pixels that the first n tokens decode to,
-# clean and self-corrected; the imagenet presets add LPIPS, first-token alignment and the adversarial loss.
+# clean and self-corrected; cifar10 adds a perceptual loss; the imagenet presets LPIPS, first-token alignment and the
+# adversarial loss.
 
 class Correction(NamedTuple):   # the rows of the drawing in Tokenizer.correct
     vectors: torch.Tensor   # (B, N, C) to be decoded
@@ -1236,26 +1241,18 @@ def standardise(images):
     red, green, blue = images.unbind(1)
     return torch.stack([(red + 0.030) / 0.458, (green + 0.088) / 0.448, (blue + 0.188) / 0.450], dim=1)
 
-# -- LPIPS: the perceptual loss --
+# -- The perceptual loss --
 
-class LPIPS(nn.Module):
-    """Distance of images in the features of VGG16, weighted as people see differences (arXiv 1801.03924). From the
-    paths of torchvision's VGG16 and of LPIPS's own weights of its channels. Raises Refused."""
-    CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)  # up to relu1_2, 2_2, 3_3, 4_3, 5_3
-    RAMP = 10000                                                    # steps of training over which its weight grows
+class PerceptualLoss(nn.Module):
+    """Distance of images in the features of a frozen network, `stages`; `weights` of their channels."""
+    RAMP, DROPOUT = 500, 0.0        # steps of training over which its weight grows; share of squared errors dropped
 
-    def __init__(self, vgg, linear):
+    def __init__(self, stages, weights):
         super().__init__()
-        with torch.device("meta"):
-            features = torchvision.models.vgg16().features.to_empty(device="cpu")
-        self.weights = nn.ParameterList(torch.empty(1, width, 1, 1) for width in self.WIDTHS)
-        fill(features, vgg, read_foreign(vgg), [("^", "features.")], r"classifier\.")
-        fill(self.weights, linear, read_foreign(linear), [(r"^(\d)$", r"lin\1.model.1.weight")])
-        self.stages = nn.ModuleList(features[a:b] for a, b in itertools.pairwise(self.CUTS))
-        self.dropout = dropout
+        self.stages, self.weights, self.dropout = nn.ModuleList(stages), nn.ParameterList(weights), dropout
 
     def features(self, images):
-        """Yields the five stages' outputs at unit length. Poolings need 16 pixels: smaller is enlarged."""
+        """Yields the stages' outputs at unit length. VGG's poolings need 16 pixels: smaller is enlarged."""
         x = standardise(images if images.shape[-1] >= 16 else F.interpolate(images, (16, 16), mode="bilinear"))
         for stage in self.stages:
             x = stage(x)
@@ -1263,13 +1260,48 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b, keys=None):
         """Images a (kB, 3, S, S), in [-1, 1], of each of b (B, 3, S, S) in turn, k times -> distances (kB,).
-        keys (kB,): with dropout, which the authors' training leaves switched on; None: without."""
+        keys (kB,): with dropout; None: without."""
         stages = zip(self.features(a), self.features(b), self.weights, strict=True)
         total = 0
         for i, (fa, fb, weight) in enumerate(stages):
             error = (fa.unflatten(0, (-1, len(fb))) - fb).flatten(0, 1).square()
-            total = total + F.conv2d(self.dropout(error, 0.5, keys, i), weight).float().mean((1, 2, 3))
+            total = total + F.conv2d(self.dropout(error, self.DROPOUT, keys, i), weight).float().mean((1, 2, 3))
         return total
+
+class LPIPS(PerceptualLoss):
+    """The paper's: VGG16, weighted as people see differences (arXiv 1801.03924). From the paths of torchvision's VGG16
+    and of LPIPS's own weights of its channels. Raises Refused."""
+    CUTS, WIDTHS = (0, 4, 9, 16, 23, 30), (64, 128, 256, 512, 512)  # up to relu1_2, 2_2, 3_3, 4_3, 5_3
+    RAMP, DROPOUT = 10000, 0.5                                      # which the authors' training leaves switched on
+
+    def __init__(self, vgg, linear):
+        with torch.device("meta"):
+            features = torchvision.models.vgg16().features.to_empty(device="cpu")
+        super().__init__([features[a:b] for a, b in itertools.pairwise(self.CUTS)],
+                         [torch.empty(1, width, 1, 1) for width in self.WIDTHS])
+        fill(features, vgg, read_foreign(vgg), [("^", "features.")], r"classifier\.")
+        fill(self.weights, linear, read_foreign(linear), [(r"^(\d)$", r"lin\1.model.1.weight")])
+
+class ClassFeatures(PerceptualLoss):
+    """For small images, without a download: a small network in VGG's manner, which train_features() teaches the
+    classes of the training images. What tells them apart is what an image must not lose."""
+
+    def __init__(self, classes):
+        def layer(width, wider):
+            return [nn.Conv2d(width, wider, 3, 1, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+        super().__init__([nn.Sequential(*layer(3, 32)),
+                          nn.Sequential(nn.MaxPool2d(2), *layer(32, 64), *layer(64, 64)),
+                          nn.Sequential(nn.MaxPool2d(2), *layer(64, 128), *layer(128, 128))],
+                         [torch.ones(1, width, 1, 1) for width in (32, 64, 128)])
+        self.weights.requires_grad_(False)
+        self.head = nn.Linear(128, classes)
+
+    def classify(self, images):
+        """(B, 3, S, S) in [-1, 1] -> logits (B, classes)."""
+        x = standardise(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x.amax((2, 3)))
 
 # -- The paper's discriminator: DINO's features of augmented images --
 
@@ -1534,13 +1566,15 @@ def batch_rows(config, machine, stage, step, batch, count):
     return torch.cat(rows), fold(key, place)
 
 def training_batches(config, machine, data, start, stop):
-    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], keys (b,)), on the device."""
+    """Steps start .. stop-1 of tokenizer training: (step, images (b, 3, R, R) in [-1, 1], labels and keys (b,)), on the
+    device."""
     plans, ahead = itertools.tee(batch_rows(config, machine, "tokenizer", step, config.tok_batch, len(data))
                                  for step in range(start, stop))
     varied = (list(zip(rows.tolist(), uniform(keys, 4).tolist(), strict=True)) for rows, keys in ahead)
-    for step, images, (_, keys) in zip(range(start, stop), data.fetch(varied), plans, strict=True):
-        images, keys = (t.to(machine.device, non_blocking=True) for t in (images, keys))
-        yield step, to_float(images), keys
+    for step, images, (rows, keys) in zip(range(start, stop), data.fetch(varied), plans, strict=True):
+        batch = images, data.labels[rows], keys
+        images, labels, keys = (t.to(machine.device, non_blocking=True) for t in batch)
+        yield step, to_float(images), labels, keys
 
 # == 13. Training: what both stages share ==============================================================================
 
@@ -1995,11 +2029,15 @@ def draw_images(path, config, machine, tokenizer, model, labels, num_tokens=None
 # == 15. Stage one: the tokenizer ======================================================================================
 
 def loss_networks(config, machine, model):
-    """LPIPS, SigLIP 2 and discriminator, None where not wanted; also gives the tokenizer its pretrained start."""
+    """Perceptual loss, SigLIP 2 and discriminator, None where not wanted; also gives the tokenizer its pretrained
+    start."""
     path = functools.partial(published, folder=config.weights)
     perceptual = tower = disc = None
     if config.perceptual_weight:
-        perceptual = wrap(LPIPS(path(VGG), path(LPIPS_LINEAR)).to(machine.device), config, machine)
+        require(config.perceptual != "own" or config.num_classes > 1, "--perceptual own wants at least two classes to "
+                "tell apart (--perceptual-weight 0 does without)", config.num_classes)
+        perceptual = (ClassFeatures(config.num_classes) if config.perceptual == "own"
+                      else wrap(LPIPS(path(VGG), path(LPIPS_LINEAR)), config, machine)).to(machine.device)
     if config.align_weight:
         tower = siglip_tower(path(SIGLIP), 27).to(machine.device)
         side, width = config.dec_patch_size if config.dynamic_prob else config.image_size, len(tower.norm.weight)
@@ -2017,6 +2055,22 @@ def loss_networks(config, machine, model):
         with blame(f"the encoder can't start from {SIGLIP}"):
             model.encoder.load_state_dict(siglip_tower(path(SIGLIP), config.enc_depth).state_dict())
     return perceptual, tower, disc
+
+def train_features(config, machine, net, images):
+    """Teach ClassFeatures the classes of the training images. Every process does all of it, and all get the same."""
+    alone, steps = machine._replace(rank=0, world=1), math.ceil(config.perceptual_images / config.tok_batch)
+    rate = 2e-3
+    optimizers = Optimizers(net, "adamw", rate)
+    machine.say(f"perceptual: a small network learns to tell the classes, {steps} steps")
+    batches = training_batches(config, alone, images, 0, steps)
+    for step, x, labels, keys in tqdm(batches, "perceptual", steps, disable=True if machine.rank else None):
+        with machine.autocast():
+            logits = net.classify(diff_augment(x, keys[:1], fold(keys, 6), weak=True))      # (b, classes)
+        backward(F.cross_entropy(logits.float(), labels))
+        optimizers.step(learning_rate(step, steps, steps // 10, rate, 0, 0))
+    if machine.world > 1:
+        for tensor in net.state_dict().values():            # a GPU's sums are not always the same
+            dist.broadcast(tensor, 0)
 
 def best_prefix(config):
     """For each decoder size the longest of its prefixes, whose R(n) is closest to it: {size: n}, ascending."""
@@ -2057,21 +2111,26 @@ def train_tokenizer(config, machine):
     model = Tokenizer(config).to(device)
     with machine.first():                                   # rank 0 downloads what is missing
         perceptual, tower, disc = loss_networks(config, machine, model)
+    own = perceptual if config.perceptual == "own" else None
     ema = copy.deepcopy(model).requires_grad_(False) if config.tok_ema else None
     optimizers = Optimizers(model, config.optimizer, config.tok_lr)
     disc_optimizers = disc and Optimizers(disc, "adamw", config.tok_lr, betas=disc.BETAS)
     parts = {"model": model, "ema": ema, "disc": disc, **optimizers.parts}
-    parts["disc_adamw"] = disc and disc_optimizers.parts["adamw"]
+    parts |= {"disc_adamw": disc and disc_optimizers.parts["adamw"], "perceptual": own}
     groups = ("data", "tokenizer", "tokenizer training", "training")
     start = resume(out / "tokenizer.pt", config, "tokenizer", groups, about, parts)
     machine.say(f"tokenizer: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} images, "
                 f"step {start} of {config.tok_steps}")
     if start >= config.tok_steps:
         return
+    if own and start == 0:
+        train_features(config, machine, own, train)
+    if own:
+        own.eval().requires_grad_(False)
     distributed, distributed_disc = wrap(model, config, machine), disc and wrap(disc, config, machine)
     progress = Progress(config, machine, "tokenizer", start, config.tok_steps, config.tok_batch)
 
-    for step, images, keys in training_batches(config, machine, train, start, config.tok_steps):
+    for step, images, _, keys in training_batches(config, machine, train, start, config.tok_steps):
         low = 0.1 * config.tok_lr
         lr = learning_rate(step, config.tok_steps, config.tok_warmup, config.tok_lr, low, low)
         adversarial = disc is not None and step + 1 >= config.disc_start
@@ -2079,7 +2138,7 @@ def train_tokenizer(config, machine):
         disc_key = fold(root_key(config.seed, "disc"), step).to(device, non_blocking=True)
 
         # The tokenizer: decode a prefix or all, clean and corrected, against the image at the prefix's resolution.
-        # L = |out - target|^2 + L_code + ramp LPIPS(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
+        # L = |out - target|^2 + L_code + ramp perceptual(out, target) - w_align cos(guess, SigLIP 2) - w_disc D(out)
         values, results = {}, []
         for x, x_keys, prefix in split_batch(config, resize(images, side), keys, count, short, rounding):
             share = len(x) / len(images)                                                    # of this process's images

@@ -228,7 +228,8 @@ def test_imagenet_presets_train_as_the_authors_did():
     theirs = {"tok_steps": 250 * epoch, "tok_warmup": epoch, "tok_batch": 256, "tok_lr": 1e-4, "tok_ema": 0}
     theirs |= {"optimizer": "adamw", "alpha": 1.5, "coarse_prob": 0.2, "dynamic_prob": 0, "crop": 0.8, "init_std": 0}
     theirs |= {"correction": True, "noise_topk": 50, "commit_weight": 0.25, "revive_every": 0, "enc_init": "siglip2"}
-    theirs |= {"align_weight": 1, "perceptual_weight": 1, "disc": "dino", "disc_weight": 0.2, "disc_start": 40000}
+    theirs |= {"align_weight": 1, "perceptual_weight": 1, "perceptual": "lpips"}
+    theirs |= {"disc": "dino", "disc_weight": 0.2, "disc_start": 40000}
     theirs |= {"ar_steps": 300 * epoch, "ar_warmup": 15 * epoch, "ar_batch": 256, "ar_lr": 1e-4, "ar_ema": 0.9999}
     theirs |= {"ar_weight_decay": 0.05, "dropout": 0.1, "class_dropout": 0.1, "correction_share": 0.3}
     theirs |= {"codebook_start": False, "temperature": 1, "top_k": 0, "top_p": 1, "schedule": "constant"}
@@ -1590,6 +1591,58 @@ def test_lpips_refuses_other_files(nets, tmp_path):
         df.LPIPS(nets / df.VGG, nets / df.VGG)
 
 
+# == 11. The perceptual loss without a download ==
+
+
+def test_the_small_networks_distance_equals_the_slow_way():
+    """Stages cut at other layers, a norm or a pooling left out, places or images mixed up."""
+    torch.manual_seed(0)
+    net, maps = df.ClassFeatures(5), []
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.running_mean, layer.bias.data):
+                tensor.normal_()
+            for tensor in (layer.running_var, layer.weight.data):
+                tensor.uniform_(0.5, 2)
+    state, (a, b) = net.eval().state_dict(), torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    for x in (a, b):
+        x = df.standardise(x)
+        maps.append([])
+        for stage, layers in ((0, [0]), (1, [1, 4]), (2, [1, 4])):
+            x = F.max_pool2d(x, 2) if stage else x
+            for i in layers:
+                norm = {name: state[f"stages.{stage}.{i + 1}.{name}"][:, None, None] for name in BATCH_NORM}
+                x = F.conv2d(x, state[f"stages.{stage}.{i}.weight"], padding=1) - norm["running_mean"]
+                x = F.relu(x * norm["weight"] / (norm["running_var"] + 1e-5).sqrt() + norm["bias"])
+            maps[-1].append(x)
+    slow = sum((2 - 2 * F.cosine_similarity(p, q, dim=1)).mean((1, 2)) for p, q in zip(*maps, strict=True))
+    torch.testing.assert_close(net(torch.cat([a, b]), b), torch.cat([slow, 0 * slow]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.classify(a), net.head(maps[0][-1].flatten(2).max(2).values))
+
+
+BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
+OWN = {"perceptual_weight": 0.1, "perceptual_images": 20}  # three steps
+
+
+def test_the_small_network_learns_to_tell_classes_and_two_processes_get_the_same(monkeypatch):
+    rows, shapes = torch.arange(1000), df.Shapes("train", 16)
+    data, config = df.Images(rows % 10, None, shapes.draw(rows)), df.Config(**TINY | {"perceptual_images": 6000})
+    torch.manual_seed(0)
+    net = df.ClassFeatures(10)
+    other = copy.deepcopy(net)
+    df.train_features(df.replace(config, tok_batch=40), CPU, net, data)
+    right = net.eval().classify(df.to_float(df.Shapes("val", 16).draw(rows[:100]))).argmax(1) == rows[:100] % 10
+    assert right.float().mean() > 0.6
+    sent = []
+    monkeypatch.setattr(df.dist, "broadcast", lambda tensor, source: sent.append((tensor.data_ptr(), source)))
+    few = df.replace(config, perceptual_images=16)
+    twin = copy.deepcopy(other)
+    df.train_features(few, CPU, other, data)
+    df.train_features(few, CPU._replace(rank=1, world=2), twin, data)
+    assert all(torch.equal(t, twin.state_dict()[name]) for name, t in other.state_dict().items())
+    assert sent == [(t.data_ptr(), 0) for t in twin.state_dict().values()]
+
+
 # == 11. DiffAugment ==
 
 
@@ -1970,7 +2023,8 @@ def test_the_papers_training_adds_up_all_its_losses(nets, tmp_path, monkeypatch)
     weights = tmp_path / "weights"
     shutil.copytree(nets, weights, copy_function=os.link)
     siglip_stand_in(weights / df.SIGLIP)
-    settings = {"weights": weights, "perceptual_weight": 0.5, "align_weight": 2.0, "align_width": 20, "disc": "dino"}
+    settings = {"weights": weights, "perceptual_weight": 0.5, "perceptual": "lpips", "disc": "dino"}
+    settings |= {"align_weight": 2.0, "align_width": 20}
     settings |= {"teacher_width": 48, "enc_init": "siglip2", "enc_width": 48, "enc_heads": 16, "enc_mlp": 80}
     settings |= {"enc_grid": 4, "disc_weight": 0.2, "disc_start": 2, "optimizer": "adamw", "tok_batch": 1}
     settings |= {"tok_ema": 0, "revive_every": 0, "coarse_prob": 1.0, "seed": 1}
@@ -2018,7 +2072,8 @@ def test_the_papers_training_adds_up_all_its_losses(nets, tmp_path, monkeypatch)
 
 def test_all_networks_of_the_losses_go_to_the_device(nets):
     """A frozen network that is no part of its module, left behind on the CPU."""
-    config = df.Config(**TINY | {"weights": str(nets), "perceptual_weight": 1.0, "disc": "dino", "disc_weight": 0.2})
+    settings = {"weights": str(nets), "perceptual_weight": 1.0, "perceptual": "lpips"}
+    config = df.Config(**TINY | settings | {"disc": "dino", "disc_weight": 0.2})
     machine = df.Machine(torch.device("meta"))
     perceptual, tower, disc = df.loss_networks(config, machine, df.Tokenizer(config).to("meta"))
     assert tower is None
@@ -2088,9 +2143,9 @@ def test_folders_of_all_kinds_of_images_are_read(tmp_path, splits):
     train, val = df.open_data(config, CPU, "train", share=0.8), df.open_data(config, CPU, "val", side=20)
     assert train.classes == ["cat", "dog"] and (len(train), len(val)) == ((24, 24) if splits else (23, 1))
     assert val[0, None].shape == (3, 20, 20)
-    step, x, keys = next(df.training_batches(config, CPU, train, 5, 6))
+    step, x, labels, keys = next(df.training_batches(config, CPU, train, 5, 6))
     rows, wanted = df.batch_rows(config, CPU, "tokenizer", 5, 8, len(train))
-    assert step == 5 and torch.equal(keys, wanted)
+    assert step == 5 and torch.equal(keys, wanted) and torch.equal(labels, train.labels[rows])
     for row, u, image in zip(rows.tolist(), df.uniform(keys, 4).tolist(), df.to_uint8(x), strict=True):
         picture = df.crop(df.read_picture(train.samples[row][0]), 16, 0.8, u)
         assert np.array_equal(image.permute(1, 2, 0), picture)
@@ -2394,7 +2449,8 @@ def test_the_repairs_are_the_codes_that_correct_makes(tokenizer, config):
 
 def weights(path):
     state = torch.load(path, weights_only=True)
-    return {f"{part}.{k}": v for part in ("model", "ema", "disc") if part in state for k, v in state[part].items()}
+    parts = {"model", "ema", "disc", "perceptual"} & state.keys()
+    return {f"{part}.{k}": v for part in sorted(parts) for k, v in state[part].items()}
 
 
 def test_a_data_folder_that_was_moved_is_gone_on_with(trained):
@@ -2420,6 +2476,31 @@ def test_bad_steps_among_good_ones_do_not_stop_a_run():
         for p in model.parameters():
             p.grad = torch.full_like(p, math.nan if step % 2 else 1.0)
         optimizers.step(1e-3)  # twelve in all, but never ten in a row
+
+
+def test_a_single_class_teaches_no_network_what_matters(tmp_path, capsys):
+    draw_folder(tmp_path / "data", names=("cat",))
+    assert df.main([*command(tmp_path / "out", tmp_path / "data", **OWN), "--stage", "tokenizer"]) == 2
+    assert "at least two classes" in one_error(capsys.readouterr().err)
+
+
+def test_a_resumed_run_goes_on_with_the_small_network_that_it_had(folder, tmp_path, monkeypatch):
+    argv, save = functools.partial(command, data=folder, **OWN), df.save_checkpoint
+
+    def keep(path, *more):
+        save(path, *more)
+        if not (tmp_path / "b").exists():
+            shutil.copytree(tmp_path / "a", tmp_path / "b")
+
+    monkeypatch.setattr(df, "save_checkpoint", keep)
+    assert df.main([*argv(tmp_path / "a"), "--stage", "tokenizer"]) == 0
+    monkeypatch.setattr(df, "train_features", lambda *_: pytest.fail("it learns again"))
+    assert df.main([*argv(tmp_path / "b"), "--stage", "tokenizer"]) == 0
+    one, two = (weights(tmp_path / run / "tokenizer.pt") for run in "ab")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert sum(name.startswith("perceptual.stages") for name in one) == 30
+    log = df.read_log(tmp_path / "b/log.jsonl")
+    assert [r["step"] for r in log if r.get("perceptual_loss", 0) > 0] == [2, 4, 6]
 
 
 def test_a_run_that_is_told_to_stop_saves_and_draws_no_pictures(folder, tmp_path, monkeypatch):
@@ -3323,6 +3404,7 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
     with fake.FakeTensorMode(), OneDtype():
         with torch.device("cuda"):
             tokenizer, model, disc = df.Tokenizer(config), df.ARTransformer(config), df.PatchDiscriminator(R)
+            net = df.ClassFeatures(3)
             x, labels, codes = torch.zeros(4, 3, R, R), torch.zeros(4).long(), torch.zeros(4, N).long()
             pixels, average = torch.zeros(4, 3, R, R).byte(), df.Tokenizer(config)
         with pytest.raises(RuntimeError, match=r"two (different )?devices"):
@@ -3335,11 +3417,12 @@ def test_no_operation_mixes_devices_or_dtypes(monkeypatch, dtype):
             out = tokenizer(x, N, *df.draw_noise(config, keys, N))
             scores = disc(df.degrade(x, config, N // 2), out.pixels[:4], key, keys)
             logits = model(labels, codes, keys)
+            told, distances = net.classify(x), net(out.pixels, x)
         tokenizer.quantizer.track(out.codes, gpu)
         tokenizer.quantizer.revive(out.latents, key, gpu)
-        made = [out.pixels, out.vq_loss, *tokenizer.quantizer.usage(), disc.loss(scores, 0.2, gpu), logits]
+        made = [out.pixels, out.vq_loss, *tokenizer.quantizer.usage(), disc.loss(scores, 0.2, gpu), logits, distances]
         assert {tensor.dtype for tensor in made} == {torch.float32}  # losses are taken in float32
-        made.append(df.diff_augment(x, key, keys, True))
+        made += [df.diff_augment(x, key, keys, True), told]
         for module in (tokenizer, model):
             for p in module.parameters():
                 p.grad = torch.zeros_like(p)
@@ -3441,7 +3524,8 @@ def test_every_shape_in_a_comment_is_true(lpips, disc, folder, tmp_path):
         df.alignment_loss(torch.ones(7, 24), tower, x)
         lpips(x, x.flip(0))
         disc(x, x, keys[:1], keys)
-        run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2, coarse_prob=0)  # one b, one S
+        one = OWN | {"coarse_prob": 0}  # one b, one S
+        run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2, **one)
         next(df.open_data(config, CPU, "train").in_order(range(7), 7))
         out = tokenizer(x, 6, *df.draw_noise(config, keys, 12))
         tokenizer.decode(out.codes[:, :9])
