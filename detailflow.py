@@ -1252,18 +1252,19 @@ class PerceptualLoss(nn.Module):
         self.stages, self.weights, self.dropout = nn.ModuleList(stages), nn.ParameterList(weights), dropout
 
     def features(self, images):
-        """Yields the stages' outputs at unit length. VGG's poolings need 16 pixels: smaller is enlarged."""
+        """Yields the outputs of the stages. VGG's poolings need 16 pixels: smaller images are enlarged."""
         x = standardise(images if images.shape[-1] >= 16 else F.interpolate(images, (16, 16), mode="bilinear"))
         for stage in self.stages:
             x = stage(x)
-            yield F.normalize(x, dim=1, eps=1e-10)                                          # (B, channels, s, s)
+            yield x                                                                         # (B, channels, s, s)
 
     def forward(self, a, b, keys=None):
         """Images a (kB, 3, S, S), in [-1, 1], of each of b (B, 3, S, S) in turn, k times -> distances (kB,).
         keys (kB,): with dropout; None: without."""
         stages = zip(self.features(a), self.features(b), self.weights, strict=True)
         total = 0
-        for i, (fa, fb, weight) in enumerate(stages):
+        for i, (*pair, weight) in enumerate(stages):
+            fa, fb = (F.normalize(x, dim=1, eps=1e-10) for x in pair)
             error = (fa.unflatten(0, (-1, len(fb))) - fb).flatten(0, 1).square()
             total = total + F.conv2d(self.dropout(error, self.DROPOUT, keys, i), weight).float().mean((1, 2, 3))
         return total
@@ -1298,10 +1299,8 @@ class ClassFeatures(PerceptualLoss):
 
     def classify(self, images):
         """(B, 3, S, S) in [-1, 1] -> logits (B, classes)."""
-        x = standardise(images)
-        for stage in self.stages:
-            x = stage(x)
-        return self.head(x.amax((2, 3)))
+        *_, last = self.features(images)
+        return self.head(last.amax((2, 3)))
 
 # -- The paper's discriminator: DINO's features of augmented images --
 
