@@ -1627,13 +1627,13 @@ ALONE = {"perceptual_weight": 0, "disc_weight": 0}  # a tokenizer without other 
 
 def test_the_small_network_learns_to_tell_classes_and_two_processes_get_the_same(monkeypatch):
     rows, shapes = torch.arange(1000), df.Shapes("train", 16)
-    data, config = df.Images(rows % 10, None, shapes.draw(rows)), df.Config(**TINY | {"perceptual_images": 6000})
+    data, config = df.Images(rows % 10, None, shapes.draw(rows)), df.Config(**TINY | {"perceptual_images": 2000})
     torch.manual_seed(0)
     net = df.ClassFeatures(10)
     other = copy.deepcopy(net)
     df.train_features(df.replace(config, tok_batch=40), CPU, net, data)
     right = net.eval().classify(df.to_float(df.Shapes("val", 16).draw(rows[:100]))).argmax(1) == rows[:100] % 10
-    assert right.float().mean() > 0.6
+    assert right.float().mean() > 0.8
     sent = []
     monkeypatch.setattr(df.dist, "broadcast", lambda tensor, source: sent.append((tensor.data_ptr(), source)))
     few = df.replace(config, perceptual_images=16)
