@@ -1622,7 +1622,6 @@ def test_the_small_networks_distance_equals_the_slow_way():
 
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
 OWN = {"perceptual_weight": 0.1, "perceptual_images": 20}  # three steps
-ALONE = {"perceptual_weight": 0, "disc_weight": 0}  # a tokenizer without other networks that take steps
 
 
 def test_the_small_network_learns_to_tell_classes_and_two_processes_get_the_same(monkeypatch):
@@ -2481,12 +2480,12 @@ def test_bad_steps_among_good_ones_do_not_stop_a_run():
 
 def test_a_single_class_teaches_no_network_what_matters(tmp_path, capsys):
     draw_folder(tmp_path / "data", names=("cat",))
-    assert df.main([*command(tmp_path / "out", tmp_path / "data"), "--stage", "tokenizer"]) == 2
+    assert df.main([*command(tmp_path / "out", tmp_path / "data", **OWN), "--stage", "tokenizer"]) == 2
     assert "at least two classes" in one_error(capsys.readouterr().err)
 
 
 def test_a_resumed_run_goes_on_with_the_small_network_that_it_had(folder, tmp_path, monkeypatch):
-    argv, save = functools.partial(command, data=folder), df.save_checkpoint
+    argv, save = functools.partial(command, data=folder, **OWN), df.save_checkpoint
 
     def keep(path, *more):
         save(path, *more)
@@ -2509,7 +2508,7 @@ def test_a_run_that_is_told_to_stop_saves_and_draws_no_pictures(folder, tmp_path
     step = df.Optimizers.step
     monkeypatch.setattr(df.Optimizers, "step", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args))
     for stage in ("tokenizer", "ar"):
-        argv = command(tmp_path, folder, tok_steps=1, ar_steps=1, **ALONE)
+        argv = command(tmp_path, folder, tok_steps=1, ar_steps=1, disc_weight=0)
         assert df.main([*argv, "--stage", stage]) == 143
         assert (tmp_path / f"{stage}.pt").exists() and not list(tmp_path.glob("*.png"))
 
@@ -3574,7 +3573,7 @@ def command(out, data, **more):
     """A small run of all stages."""
     small = {"out": out, "data": data, "log_every": 2, "save_every": 2, "tok_steps": 6, "ar_steps": 6}
     small |= {"disc_weight": 0.2, "disc_start": 2, "seed": 92, "coarse_prob": 0.5}  # its fifth prefix: 1 token
-    return flags(TINY | small | OWN, **more)
+    return flags(TINY | small, **more)
 
 
 @pytest.fixture(scope="module")
@@ -3766,7 +3765,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small, folder, t
 def test_a_signal_in_a_stages_last_step_is_not_lost(folder, tmp_path, monkeypatch, capsys, holder, name):
     real = getattr(holder, name)
     monkeypatch.setattr(holder, name, lambda *args: os.kill(os.getpid(), signal.SIGTERM) or real(*args))
-    assert df.main(command(tmp_path, folder, tok_steps=1, **ALONE)) == 143
+    assert df.main(command(tmp_path, folder, tok_steps=1, disc_weight=0)) == 143
     assert "after step 1 of 1 of the tokenizer stage; the same" in capsys.readouterr().err
     assert (tmp_path / "tokenizer.pt").exists() and not (tmp_path / "ar.pt").exists()
 
@@ -3780,7 +3779,7 @@ def test_sigterm_outside_the_training_loops_says_how_to_go_on_too(small, folder,
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
-    process = start(command(tmp_path, folder, **ALONE), tmp_path / "log", functools.partial(slow_steps, 30))
+    process = start(command(tmp_path, folder), tmp_path / "log", functools.partial(slow_steps, 30))
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
     time.sleep(0.5)
     os.kill(process.pid, signal.SIGINT)
@@ -3793,7 +3792,7 @@ def test_a_second_ctrl_c_stops_at_once(folder, tmp_path):
 
 def test_a_second_sigterm_does_not_spoil_the_save(folder, tmp_path):
     """Where a cluster tells all processes, and torchrun, told too, tells its own once more."""
-    process = start(command(tmp_path, folder, log_every=1, **ALONE), tmp_path / "log", functools.partial(slow_steps, 1))
+    process = start(command(tmp_path, folder, log_every=1), tmp_path / "log", functools.partial(slow_steps, 1))
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
     time.sleep(0.5)
     for _ in range(3):
@@ -4189,7 +4188,7 @@ def spoil(monkeypatch, bad_steps, how):
 def test_steps_that_are_not_finite_change_nothing_and_are_counted(small, folder, tmp_path, monkeypatch, stage, how):
     shutil.copy(small / "tokenizer.pt", tmp_path)
     given = {"tokenizer": small / "tokenizer.pt"} if stage == "ar" else {}
-    argv = command(tmp_path / stage, folder, save_every=1, **ALONE, **given)
+    argv = command(tmp_path / stage, folder, disc_weight=0, save_every=1, **given)
     spoil(monkeypatch, {1, 3}, how)
     seen, save = [], df.save_checkpoint
     monkeypatch.setattr(df, "save_checkpoint", lambda *a: seen.append(copy_of(a[-1]["model"])) or save(*a))
@@ -4213,7 +4212,7 @@ def test_ten_bad_steps_in_a_row_stop_and_name_the_tensor(small, folder, tmp_path
     given = {"tokenizer": small / "tokenizer.pt"} if stage == "ar" else {}
     for first, length, status in ((3, 10, 2), (3, 9, 0)):
         out = tmp_path / str(length)
-        argv = command(out, folder, tok_steps=15, ar_steps=15, **ALONE, **given)
+        argv = command(out, folder, disc_weight=0, tok_steps=15, ar_steps=15, **given)
         with monkeypatch.context() as patch:
             spoil(patch, range(first, first + length), math.nan)
             assert df.main([*argv, "--stage", stage]) == status
