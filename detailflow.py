@@ -319,7 +319,7 @@ PRESETS = {
         "tok_batch": 256, "tok_lr": 1.5e-3, "tok_warmup": 500, "tok_ema": 0.999, "perceptual_weight": 0.05,
         "ar_width": 512, "ar_depth": 12, "ar_heads": 8, "ar_steps": 8000, "ar_batch": 512, "ar_lr": 1.5e-3,
         "ar_warmup": 400, "ar_ema": 0.999, "codebook_start": True, "shift": 2, "compile": True, "save_every": 1000,
-        "guidance": 3.0, "eval_samples": 50000, "inception": "auto"},
+        "guidance": 5.0, "eval_samples": 50000, "inception": "auto"},
     "imagenet-16": {**PAPER, "num_tokens": 128, "guidance": 1.45},
     "imagenet-32": {**PAPER, "num_tokens": 256, "guidance": 1.5},
     "imagenet-64": {**PAPER, "num_tokens": 512, "guidance": 1.32},
@@ -765,7 +765,7 @@ class Discriminator(nn.Module):
         return share * (weight * (hinge + self.LECAM * lecam) + self.consistency * same)
 
 class PatchDiscriminator(Discriminator):
-    """For the small presets: a convolutional network that scores patches of 26 x 26 pixels."""
+    """Without a download: a convolutional network that scores patches of 26 x 26 pixels."""
     RATE, BETAS = 1e-3, (0.5, 0.95)     # slower, or with a momentum of 0.9, it stayed at chance: the decoder evades it
 
     def __init__(self, image_size, width=64):
