@@ -3523,7 +3523,7 @@ def test_every_shape_in_a_comment_is_true(lpips, disc, folder, tmp_path):
         x = images(7, 40)
         df.alignment_loss(torch.ones(7, 24), tower, x)
         lpips(x, x.flip(0))
-        disc(x, x, keys[:1], keys)
+        disc.scores(x, keys[:1], keys)
         one = OWN | {"coarse_prob": 0}  # one b, one S
         run(tmp_path, data=folder, image_size=40, patch_size=8, tok_steps=2, ar_steps=2, **one)
         next(df.open_data(config, CPU, "train").in_order(range(7), 7))
